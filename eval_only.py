@@ -1,0 +1,96 @@
+"""Score saved student weights on a labelled folder of videos, such as the validation set of Kinetics-400 or -600.
+
+    python eval_only.py r2plus1d_34 runs/swin_to_r21_kd/student.safetensors --data datasets/kinetics400_val
+    python eval_only.py r2plus1d_34 weights/somebodys.pth --data datasets/kinetics400_val --classes k400 --views 10x3
+
+Prints top-1 and top-5 in percent and writes a per-class table beside the weights. A video is judged by the mean of the
+probabilities of its clips. Weights saved by the scripts here know their classes and clip; for others say them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from extraction.data.clips import Clips, report_broken
+from extraction.data.demo import write_demo_set
+from extraction.data.folders import find_videos, require_folder
+from extraction.errors import Stop
+from extraction.evaluation import parse_views, predict_videos, score, write_class_table
+from extraction.report import percent
+from extraction.runs import choose_device, run_script
+from extraction.students import load_student
+from extraction.victims import KNOWN_CLASSES
+
+
+@dataclass(frozen=True)
+class Config:
+    student: Annotated[str, tyro.conf.Positional] = "r2plus1d_34"
+    """Name of the student's network."""
+    weights: Annotated[str, tyro.conf.Positional] = "runs/swin_to_r21_kd/student.safetensors"
+    """Its saved weights."""
+    data: str = "datasets/kinetics400_val"
+    """Labelled videos in class folders (below val/ if there is such a folder)."""
+    data_list: str | None = None
+    """Score only the videos of --data that this list names (a text file, or Kinetics' CSV)."""
+    classes: str | None = None
+    """The classes' order for weights that do not say theirs: k400, or a text file with a name per line."""
+    views: str = "1x1"
+    """Clips x crops per video; 10x3 is the published way."""
+    num_frames: int | None = None
+    """Frames of a clip; by default what the weights were trained on, else 32."""
+    stride: int | None = None
+    size: int | None = None
+    batch_size: int = 16
+    device: str = "auto"
+    num_workers: int = 8
+    csv: str | None = None
+    """Where the per-class table goes; by default beside the weights."""
+    demo: bool = False
+    """Score on the embedded demo set's held-out videos."""
+
+
+DEMO = dict(
+    demo=True, student="r2plus1d_tiny", weights="runs/swin_to_r21_kd_demo/student.safetensors", data="datasets/demo",
+    num_workers=1,
+)  # fmt: skip
+
+
+def main(config: Config) -> dict:
+    if config.demo:
+        write_demo_set("datasets/demo", {"val": 20})
+    root = require_folder(config.data, "labelled videos, in class folders,")
+    views = parse_views(config.views)
+    device = choose_device(config.device)
+    student, about = load_student(config.student, config.weights)
+    classes = about.get("classes") or _read_classes(config.classes)
+    if len(classes) != student.num_classes:
+        raise Stop(f"{config.weights}: its head has {student.num_classes} classes, the class list {len(classes)}")
+    shape = {
+        name: getattr(config, name) or about.get(name) or usual
+        for name, usual in (("num_frames", 32), ("stride", 1), ("size", 224))
+    }
+    clips = Clips(find_videos(root, classes, "val", config.data_list), views=views, **shape)
+    said = predict_videos(student.to(device), clips, device, config.batch_size, config.num_workers)
+    results = score(said.probs, said.labels)
+    table = Path(config.csv) if config.csv else Path(config.weights).with_suffix(".classes.csv")
+    write_class_table(table, said.probs, said.labels, classes)
+    print(f"top-1 {percent(results['top1'])} %, top-5 {percent(results['top5'])} %")
+    print(f"{clips.num_videos} videos of {config.data}, {config.views} views each; per class: {table}")
+    report_broken(said.broken)
+    return results
+
+
+def _read_classes(name: str | None) -> list[str]:
+    if name is None:
+        raise Stop("the weights do not say their classes: pass --classes k400, or a text file with a name per line")
+    if name in KNOWN_CLASSES:
+        return list(KNOWN_CLASSES[name]())
+    if not Path(name).is_file():
+        raise Stop(f"--classes {name}: neither one of {', '.join(KNOWN_CLASSES)} nor a file")
+    return [line.strip() for line in Path(name).read_text().splitlines() if line.strip()]
+
+
+if __name__ == "__main__":
+    run_script(main, Config, DEMO)

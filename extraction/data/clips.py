@@ -1,0 +1,279 @@
+"""Clips cut out of videos: probing, windows, decoding, and batches of uint8 on their way to the device.
+
+Decoding is PyAV's: its wheels bring their own FFmpeg, so that nothing has to be installed beside it and every machine
+decodes alike (`benchmarks/loader.py` has it beside the other libraries).
+"""
+
+import copy
+import hashlib
+import itertools
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import Interpolation, VideoReformatter
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from extraction.data.folders import Video
+from extraction.errors import Stop
+
+av.logging.set_level(None)  # what is wrong with a file is said once, by us, at the end
+_MAX_PIXELS = 8192 * 8192
+# Without FULL_CHR_H_INT colours come out some 2 of 255 too dark; the others make every processor give the same pixels.
+_SCALING = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+
+
+class Unreadable(Exception):
+    """A video that gives no clip: the reason, in a few words."""
+
+
+class Probe(NamedTuple):
+    num_frames: int  # as the container says; a damaged file may hold fewer
+    fingerprint: str  # of the file's content: its size, beginning and end
+
+
+class Window(NamedTuple):
+    """Where a clip starts, and what it shows: the unit that is asked about and answered."""
+
+    path: Path
+    start: int  # first frame
+    label: int  # -1 without one
+    key: str  # names the clip's content for the ledger
+    video: int  # clips of one video share it
+    crop: float = 0.5  # where along the long side the square is cut
+
+
+def probe(path: Path) -> Probe:
+    """Look into a video without decoding it. Raises Unreadable."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.blake2b(f"{size}".encode() + file.read(1 << 16), digest_size=12)
+            file.seek(max(0, size - (1 << 16)))
+            digest.update(file.read())
+        if size == 0:
+            raise Unreadable("empty file")
+        with av.open(str(path)) as container:
+            stream = _video_stream(container)
+            num_frames = stream.frames
+            if num_frames <= 0 and container.duration and stream.average_rate:
+                num_frames = int(container.duration / av.time_base * stream.average_rate)
+            if num_frames <= 0:
+                num_frames = sum(1 for packet in container.demux(stream) if packet.size)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise Unreadable(_reason(error)) from None
+    if num_frames <= 0:
+        raise Unreadable("no frames")
+    return Probe(num_frames, digest.hexdigest())
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
+    if not container.streams.video:
+        raise Unreadable("no video stream")
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise Unreadable("no decoder for its video")
+    if not 0 < stream.codec_context.width * stream.codec_context.height <= _MAX_PIXELS:
+        raise Unreadable(f"frames of {stream.codec_context.width}x{stream.codec_context.height} pixels")
+    stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
+    return stream
+
+
+def decode_clip(
+    path: Path, start: int = 0, num_frames: int = 16, stride: int = 1, size: int | None = None, crop: float = 0.5
+) -> np.ndarray:
+    """Decode `num_frames` frames from frame `start` on, every `stride`-th one.
+
+    Returns uint8 (num_frames, H, W, 3) RGB, upright. With `size` the short side is scaled to it and a square is cut out,
+    `crop` along the long side (0 left or top, 0.5 centre, 1 right or bottom). A video that ends early repeats its last
+    frame. Raises Unreadable when no frame can be had.
+    """
+    frames: list[np.ndarray] = []
+    reason = f"no frame could be decoded from frame {start} on"
+    # By timestamp first; where that finds nothing (timestamps can be wrong or missing), by counting from the beginning.
+    for first_frame in (_seek_frames, _count_frames) if start else (_count_frames,):
+        scaler = VideoReformatter()
+        try:
+            with av.open(str(path)) as container:
+                for number, frame in enumerate(first_frame(container, _video_stream(container), start)):
+                    if number % stride == 0:
+                        picture = _to_rgb(scaler, frame, size, crop)
+                        if frames and picture.shape != frames[0].shape:
+                            break  # the video changes its size here
+                        frames.append(picture)
+                        if len(frames) == num_frames:
+                            break
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            reason = _reason(error)  # damage after the first frames leaves a clip all the same
+        if frames:
+            return np.stack(frames + [frames[-1]] * (num_frames - len(frames)))
+    raise Unreadable(reason)
+
+
+def _count_frames(container: av.container.InputContainer, stream: av.VideoStream, start: int) -> Iterator[av.VideoFrame]:
+    return itertools.islice(container.decode(stream), start, None)
+
+
+def _seek_frames(container: av.container.InputContainer, stream: av.VideoStream, start: int) -> Iterator[av.VideoFrame]:
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate or not stream.time_base:
+        return
+    tick = 1 / (rate * stream.time_base)  # one frame, in the stream's time base
+    wanted = (stream.start_time or 0) + start * tick
+    container.seek(int(wanted), stream=stream, backward=True)
+    for frame in container.decode(stream):
+        if frame.pts is not None and frame.pts >= wanted - tick / 2:
+            yield frame
+
+
+def _to_rgb(scaler: VideoReformatter, frame: av.VideoFrame, size: int | None, crop: float) -> np.ndarray:
+    width, height = frame.width, frame.height
+    if size is not None:
+        scale = size / min(width, height)
+        width, height = max(size, round(width * scale)), max(size, round(height * scale))
+    picture = scaler.reformat(frame, width, height, "rgb24", interpolation=_SCALING, threads=1).to_ndarray()
+    picture = np.rot90(picture, round((frame.rotation or 0) / 90) % 4)
+    if size is not None:
+        y, x = (round((side - size) * crop) for side in picture.shape[:2])
+        picture = picture[y : y + size, x : x + size]
+    return picture
+
+
+class Clips(Dataset):
+    """The clips of a list of videos: `num_frames` every `stride`, one each `step` frames, `size` x `size` pixels.
+
+    With `views=(N, M)` each video gives N clips spread evenly over its length, each in M crops along the long side: the
+    way videos are scored. `broken` lists the videos that were left out, each with its reason; Stop is raised when that
+    leaves a class empty.
+    """
+
+    def __init__(
+        self,
+        videos: Sequence[Video],
+        num_frames: int,
+        stride: int = 1,
+        step: int | None = None,
+        size: int | None = None,
+        views: tuple[int, int] | None = None,
+        desc: str = "looking at videos",
+    ):
+        for name, value in (("num_frames", num_frames), ("stride", stride), ("step", step), ("size", size)):
+            if value is not None and value < 1:
+                raise Stop(f"{name} is {value}: it must be at least 1")
+        self.num_frames, self.stride, self.size = num_frames, stride, size
+        self.windows: list[Window] = []
+        self.broken: list[tuple[Path, str]] = []
+        self.num_videos = 0  # those that can be read
+        with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+            probes = pool.map(_probe_or_reason, [video.path for video in videos])
+            bar = tqdm(probes, total=len(videos), desc=desc, unit="video", leave=False, dynamic_ncols=True)
+            for video, found in zip(videos, bar, strict=True):
+                if isinstance(found, str):
+                    self.broken.append((video.path, found))
+                    continue
+                last = max(0, found.num_frames - ((num_frames - 1) * stride + 1))
+                if views:
+                    starts = [round(last * (k + 0.5) / views[0]) for k in range(views[0])]
+                    crops = [0.5] if views[1] == 1 else [k / (views[1] - 1) for k in range(views[1])]
+                else:
+                    starts, crops = range(0, last + 1, step or num_frames * stride), [0.5]
+                for start in starts:
+                    for crop in crops:
+                        key = f"{found.fingerprint}:{start}:{num_frames}x{stride}:{size}:{crop}"
+                        self.windows.append(Window(video.path, start, video.label, key, self.num_videos, crop))
+                self.num_videos += 1
+        self._refuse_empty_classes(videos)
+
+    def _refuse_empty_classes(self, videos: Sequence[Video]) -> None:
+        lost = {video.label for video in videos} - {window.label for window in self.windows}
+        for video in videos:
+            if video.label in lost:
+                reason = next(reason for path, reason in self.broken if path == video.path)
+                raise Stop(f"{video.path.parent}: none of its videos can be read ({video.path.name}: {reason})")
+
+    def joined(self, *others: "Clips") -> "Clips":
+        """These clips followed by others of the same length, stride and size."""
+        both = copy.copy(self)
+        both.windows, both.broken, both.num_videos = list(self.windows), list(self.broken), self.num_videos
+        for other in others:
+            if (other.num_frames, other.stride, other.size) != (self.num_frames, self.stride, self.size):
+                raise ValueError("clips of different shapes cannot be joined")
+            both.windows += [window._replace(video=window.video + both.num_videos) for window in other.windows]
+            both.broken += other.broken
+            both.num_videos += other.num_videos
+        return both
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
+        """The clip as uint8 (T, H, W, 3), or the reason why it can't be had."""
+        window = self.windows[index]
+        try:
+            return index, decode_clip(window.path, window.start, self.num_frames, self.stride, self.size, window.crop)
+        except Unreadable as error:
+            return index, str(error)
+
+
+def _probe_or_reason(path: Path) -> Probe | str:
+    try:
+        return probe(path)
+    except Unreadable as error:
+        return str(error)
+
+
+class Batch(NamedTuple):
+    """Clips that could be decoded, of those a sampler asked for."""
+
+    indices: list[int]
+    clips: Tensor  # uint8 (B, T, H, W, C)
+    broken: list[tuple[int, str]]  # the others: index and reason
+
+
+def collate(items: list[tuple[int, np.ndarray | str]]) -> Batch:
+    good = [(index, clip) for index, clip in items if not isinstance(clip, str)]
+    clips = torch.from_numpy(np.stack([clip for _, clip in good])) if good else torch.empty(0, dtype=torch.uint8)
+    return Batch([index for index, _ in good], clips, [(index, clip) for index, clip in items if isinstance(clip, str)])
+
+
+def load_batches(dataset: Dataset, batches: Sequence[Sequence[int]], num_workers: int, pin_memory: bool = False) -> DataLoader:
+    """A loader that yields one `Batch` for each list of indices in `batches`, in order, decoded in `num_workers` processes."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_start_worker,
+    )
+
+
+def _start_worker(_number: int) -> None:
+    # Ctrl-C reaches a whole group of processes; the loop decides when to end, and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+
+
+def report_broken(broken: Sequence[tuple[Path, str]], limit: int = 10) -> None:
+    """Say at the end which videos were left out, and why."""
+    if not broken:
+        return
+    print(f"left out {len(broken)} unreadable video{'s' if len(broken) > 1 else ''}:")
+    for path, reason in broken[:limit]:
+        print(f"  {path}: {reason}")
+    if len(broken) > limit:
+        print(f"  ... and {len(broken) - limit} more, all in results.json")

@@ -1,0 +1,216 @@
+"""The distillation loop of the grey-box experiments: ask the victim about views of real clips, train the student on them."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from extraction.data.augment import Augmentation, create_views, view_key
+from extraction.data.clips import Clips, load_batches
+from extraction.errors import Stop
+from extraction.ledger import Ledger
+from extraction.preprocess import Preprocessed
+from extraction.report import draw_queries
+from extraction.runs import Run
+
+
+def answers_to_targets(answers: Tensor, surface: str, num_classes: int) -> Tensor:
+    """The distribution (B, num_classes) that an answer stands for.
+
+    A label stands for all of the probability on it; after a top five the rest is shared evenly among the other classes.
+    """
+    if surface == "label":
+        return F.one_hot(answers, num_classes).float()
+    if surface == "logits":
+        return answers.softmax(1)
+    if surface == "top5" and num_classes > 5:
+        hidden = answers == 0
+        rest = (1.0 - answers.sum(1, keepdim=True)).clamp(min=0.0)
+        answers = answers + hidden * rest / hidden.sum(1, keepdim=True).clamp(min=1)
+    return answers / answers.sum(1, keepdim=True).clamp(min=1e-12)  # rounding may have taken the sum off 1
+
+
+def distillation_loss(logits: Tensor, targets: Tensor | None, labels: Tensor, label_weight: float) -> Tensor:
+    """Mean over the clips of KL(victim || student) + `label_weight` * cross-entropy, the latter where a label is known.
+
+    `targets` (B, num_classes) are the victim's probabilities (None: true labels alone), `labels` (B,) has -1 for a clip
+    without one. Both terms are per clip, in nats.
+    """
+    loss = logits.new_zeros(())
+    if targets is not None:
+        loss = F.kl_div(logits.log_softmax(1), targets, reduction="batchmean")
+    if label_weight:
+        loss = loss + label_weight * F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / len(logits)
+    return loss
+
+
+class _Order:
+    """Which clips each batch of each epoch holds: a function of the seed."""
+
+    def __init__(self, num_clips: int, batch_size: int, epochs: int, seed: int):
+        self.num_clips, self.batch_size, self.seed = num_clips, batch_size, seed
+        self.per_epoch = math.ceil(num_clips / batch_size)
+        self.num_batches = self.per_epoch * epochs
+
+    def batches_from(self, first: int) -> Iterator[list[int]]:
+        for epoch in range(first // self.per_epoch, self.num_batches // self.per_epoch):
+            shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(self.num_clips, generator=shuffle).tolist()
+            begin = first - epoch * self.per_epoch if epoch == first // self.per_epoch else 0
+            for i in range(begin, self.per_epoch):
+                yield order[i * self.batch_size : (i + 1) * self.batch_size]
+
+
+def distill(
+    run: Run,
+    student: Preprocessed,
+    victim: Ledger | None,
+    clips: Clips,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    evaluate: Callable[[Preprocessed], dict[str, float]],
+    *,
+    epochs: int,
+    batch_size: int,
+    label_weight: float = 0.0,
+    augmentation: Augmentation,
+    views_per_clip: int | None = None,
+    max_grad_norm: float | None = None,
+    seed: int = 0,
+    num_workers: int = 0,
+) -> tuple[list[dict], str]:
+    """Train `student` on the victim's answers to views of `clips`, and on true labels where clips have them.
+
+    Each epoch shows every clip once, as a new view; with `views_per_clip` the views come round again, free of charge.
+    `schedule` steps each batch; a plateau schedule is given the mean loss of the last 100 batches. `evaluate` scores the
+    student after each epoch. `clips.png` in the run's folder shows the first batch as the victim saw it. `victim=None`
+    trains on the labels alone.
+
+    Resumes from the run's checkpoint, to the same bits on a CPU. Returns the history (a dict per evaluation) and what
+    stopped the loop: "epochs", or the line of an exhausted budget. Raises Stop when the loss is not finite and
+    KeyboardInterrupt after Ctrl-C, the state being saved.
+    """
+    device = next(student.parameters()).device
+    order = _Order(len(clips), batch_size, epochs, seed)
+    # On a GPU the loss is read only now and then, so that the device never waits for the host.
+    read_every = 1 if device.type == "cpu" else 10
+    recent, history, first, stopped = deque(maxlen=100), [], 0, "epochs"
+    plateau = isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau)
+
+    run.begin()
+    state = run.load_state()
+    if state:
+        student.net.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["rng"])
+        recent.extend(state["recent"])
+        history, first = state["history"], state["batch"]
+        print(f"resuming {run.folder} at batch {first} of {order.num_batches}", flush=True)
+
+    def save(batch: int) -> None:
+        run.save_state(
+            dict(
+                student=student.net.state_dict(),
+                optimizer=optimizer.state_dict(),
+                schedule=schedule.state_dict(),
+                rng=torch.get_rng_state(),
+                recent=list(recent),
+                history=history,
+                batch=batch,
+            )
+        )
+
+    if first == order.num_batches:
+        return history, stopped
+
+    bar = tqdm(
+        total=epochs * len(clips), initial=min(first * batch_size, epochs * len(clips)), desc=run.experiment, unit="clip",
+        dynamic_ncols=True,
+    )  # fmt: skip
+    loader = load_batches(clips, order.batches_from(first), num_workers, pin_memory=device.type == "cuda")
+    unread: list[Tensor] = []
+    student.train()
+    mean_loss = sum(recent) / len(recent) if recent else math.nan
+    with run.interruptible():
+        for number, batch in enumerate(loader, first):
+            epoch = number // order.per_epoch
+            clips.broken.extend((clips.windows[i].path, reason) for i, reason in batch.broken)
+            if batch.indices:
+                view = epoch if views_per_clip is None else epoch % views_per_clip
+                keys = [view_key(seed, clips.windows[i].key, view, augmentation) for i in batch.indices]
+                affordable = len(keys) if victim is None else victim.count_affordable(keys)
+                exhausted = affordable < len(keys)
+                if exhausted:
+                    save(number)  # from here a larger budget goes on; what follows trains on the last answers there are
+                if affordable:
+                    views = create_views(
+                        batch.clips[:affordable].to(device, non_blocking=True), keys[:affordable], augmentation
+                    )
+                    labels = torch.tensor([clips.windows[i].label for i in batch.indices[:affordable]]).to(device)
+                    targets = None
+                    if victim is not None:
+                        answers = victim.query(views, keys[:affordable])
+                        targets = answers_to_targets(answers, victim.answers, victim.num_classes)
+                        if number == 0:
+                            sources = [clips.windows[i].path.parent.name for i in batch.indices]
+                            draw_queries(run.folder / "clips.png", views, targets, sources, victim.classes)
+                    loss = distillation_loss(student(views), targets, labels, label_weight)
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    if max_grad_norm is not None:
+                        torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
+                    optimizer.step()
+                    unread.append(loss.detach())
+                    bar.update(affordable)
+                if exhausted:
+                    stopped = (
+                        f"query budget exhausted: {victim.num_queries} of {victim.query_budget} queries spent "
+                        f"in epoch {epoch + 1} of {epochs}; raise --query-budget and run again to go on"
+                    )
+            end_of_epoch = (number + 1) % order.per_epoch == 0
+            pause = end_of_epoch or stopped != "epochs" or run.checkpoint_due()
+            if len(unread) >= read_every or (pause and unread):
+                for value in torch.stack(unread).tolist():
+                    if not math.isfinite(value):
+                        raise Stop(
+                            f"the loss became {value} in epoch {epoch + 1}, batch {number % order.per_epoch + 1} or up to "
+                            f"{len(unread) - 1} before it; the state before is in {run.folder}; lower the learning rates"
+                        )
+                    recent.append(value)
+                    mean_loss = sum(recent) / len(recent)
+                    schedule.step(mean_loss) if plateau else schedule.step()
+                unread.clear()
+                spent = {} if victim is None else {"queries": _describe_spending(victim)}
+                bar.set_postfix(loss=f"{mean_loss:.3f}", **spent, refresh=False)
+            if end_of_epoch or stopped != "epochs":
+                point = dict(epoch=epoch + 1, num_queries=victim.num_queries if victim else 0, loss=mean_loss)
+                point |= evaluate(student.eval())
+                student.train()
+                history.append(point)
+                run.log(point["num_queries"], {k: v for k, v in point.items() if k not in ("epoch", "num_queries")})
+                bar.write(_describe_point(point, epochs))
+            if stopped != "epochs":
+                break
+            if pause:
+                save(number + 1)
+            if run.stop_asked:
+                bar.close()
+                raise KeyboardInterrupt(f"saved in {run.folder}; run the same command again to continue")
+    bar.close()
+    return history, stopped
+
+
+def _describe_spending(victim: Ledger) -> str:
+    return f"{victim.num_queries}" + (f"/{victim.query_budget}" if victim.query_budget is not None else "")
+
+
+def _describe_point(point: dict, epochs: int) -> str:
+    shown = [
+        f"{name.replace('_at_', '@')} {100 * point[name]:.1f}" for name in ("top1", "top5", "agreement_at_1") if name in point
+    ]
+    return f"epoch {point['epoch']}/{epochs}: loss {point['loss']:.3f}, {', '.join(shown)} %, {point['num_queries']} queries"

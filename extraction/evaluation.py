@@ -1,0 +1,147 @@
+"""Scoring: top-1 and top-5 against labels, and agreement with the victim's own top answer."""
+
+import csv
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from extraction.data.clips import Clips, load_batches
+from extraction.errors import Stop
+from extraction.ledger import Ledger
+from extraction.weights import write_atomically
+
+
+class Predictions(NamedTuple):
+    """What a model says of whole videos: the mean of its probabilities over the clips of each."""
+
+    probs: Tensor  # float32 (V, num_classes), on the CPU; all zeros for a video that could not be decoded
+    labels: Tensor  # int64 (V,)
+    broken: list[tuple[Path, str]]
+
+
+def parse_views(views: str) -> tuple[int, int]:
+    """`10x3` -> (10, 3): ten clips a video, three crops a clip."""
+    try:
+        num_clips, num_crops = (int(part) for part in views.lower().split("x"))
+    except ValueError:
+        num_clips = num_crops = 0
+    if num_clips < 1 or num_crops < 1:
+        raise Stop(f"views {views!r}: write clips x crops per video, such as 1x1 or 10x3")
+    return num_clips, num_crops
+
+
+@torch.no_grad()
+def predict_videos(
+    model: Callable[[Tensor], Tensor],
+    clips: Clips,
+    device: str | torch.device,
+    batch_size: int = 16,
+    num_workers: int = 0,
+    desc: str = "scoring",
+) -> Predictions:
+    """Run `model` (float (B, 3, T, H, W) in [0, 1] -> logits) over `clips` and average each video's probabilities."""
+    total, counts = None, torch.zeros(clips.num_videos)
+    broken = dict(clips.broken)
+    batches = [range(i, min(i + batch_size, len(clips))) for i in range(0, len(clips), batch_size)]
+    loader = load_batches(clips, batches, num_workers)
+    for batch in tqdm(loader, total=len(batches), desc=desc, unit="batch", leave=False, dynamic_ncols=True):
+        broken |= {clips.windows[i].path: reason for i, reason in batch.broken}
+        if not batch.indices:
+            continue
+        views = batch.clips.to(device, non_blocking=True).permute(0, 4, 1, 2, 3).float().div_(255.0)
+        probs = model(views).softmax(1).cpu()
+        videos = torch.tensor([clips.windows[i].video for i in batch.indices])
+        if total is None:
+            total = torch.zeros(clips.num_videos, probs.shape[1])
+        total.index_add_(0, videos, probs)
+        counts.index_add_(0, videos, torch.ones(len(videos)))
+    if total is None:
+        raise Stop("none of the held-out videos can be decoded")
+    labels = torch.full((clips.num_videos,), -1)
+    for window in clips.windows:
+        labels[window.video] = window.label
+    return Predictions(total / counts.clamp(min=1)[:, None], labels, list(broken.items()))
+
+
+def video_keys(clips: Clips) -> list[bytes]:
+    """16 bytes for each video of `clips`, naming the clips it is judged by."""
+    names = [""] * clips.num_videos
+    for window in clips.windows:
+        names[window.video] += window.key + "|"
+    return [hashlib.blake2b(name.encode(), digest_size=16).digest() for name in names]
+
+
+def score(probs: Tensor, labels: Tensor, victim_probs: Tensor | None = None) -> dict[str, float]:
+    """Score the videos that could be decoded, in fractions.
+
+    `top1`, `top5`: (V, num_classes) probabilities against (V,) labels. Given the victim's probabilities, `agreement_at_1`,
+    `agreement_at_5` too: how often the victim's top answer is among the student's k best.
+    """
+    seen = probs.sum(1) > 0
+    best, labels = probs[seen].topk(min(5, probs.shape[1]), dim=1).indices, labels[seen]
+    results = {"top1": _hits(best[:, :1], labels), "top5": _hits(best, labels)}
+    if victim_probs is not None:
+        answer = victim_probs[seen].argmax(1)
+        results |= {"agreement_at_1": _hits(best[:, :1], answer), "agreement_at_5": _hits(best, answer)}
+    return results
+
+
+def _hits(best: Tensor, wanted: Tensor) -> float:
+    return (best == wanted[:, None]).any(1).float().mean().item()
+
+
+class Referee:
+    """Judges students on held-out clips, beside the victim's own answers to them.
+
+    The victim's answers here are the referee's, not the attacker's: unmetered, asked once before the attack, kept in the
+    ledger's separate table, never trained on. `open_model` loads the bare victim when they are not kept yet.
+    Without a ledger there is no victim to agree with.
+    """
+
+    def __init__(
+        self,
+        clips: Clips,
+        classes: Sequence[str],
+        device: torch.device,
+        batch_size: int,
+        num_workers: int,
+        ledger: Ledger | None = None,
+        open_model: Callable[[], Callable[[Tensor], Tensor]] | None = None,
+    ):
+        self.clips, self.classes, self.broken = clips, classes, list(clips.broken)
+        self._options = dict(device=device, batch_size=batch_size, num_workers=num_workers)
+        self.victim_probs, self.victim_scores = None, {}
+        if ledger is not None:
+            labels = torch.full((clips.num_videos,), -1)
+            for window in clips.windows:
+                labels[window.video] = window.label
+
+            def compute() -> Tensor:
+                return predict_videos(open_model(), clips, **self._options, desc="scoring the victim").probs
+
+            self.victim_probs = ledger.referee_answers(video_keys(clips), compute)
+            self.victim_scores = score(self.victim_probs, labels)
+
+    def score(self, student: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """`top1`, `top5` and, with a victim, `agreement_at_1`, `agreement_at_5` of a student in evaluation mode."""
+        said = predict_videos(student, self.clips, **self._options)
+        self.broken = said.broken
+        return score(said.probs, said.labels, self.victim_probs)
+
+
+def write_class_table(path: str | Path, probs: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+    """Write one CSV line per class: name, number of videos, top-1, top-5."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["class", "num_videos", "top1", "top5"])
+    for label in labels.unique().tolist():
+        own = labels == label
+        scores = score(probs[own], labels[own])
+        writer.writerow([classes[label], int(own.sum()), f"{scores['top1']:.4f}", f"{scores['top5']:.4f}"])
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))

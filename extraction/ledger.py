@@ -1,0 +1,201 @@
+"""The ledger: every answer that was paid for, kept on disk as it arrives, in one SQLite file.
+
+A ledger stands in front of a victim's door. A view it knows is answered from disk and costs nothing; a new one is asked
+about, billed and kept. The answer and its bill are written in one transaction, so neither is there without the other,
+whenever the process is killed.
+
+Probabilities are kept in 16 bits, as -log p in steps of 1/2048 (a relative error of at most 0.025 %; 0 stays 0), logits
+as float32, labels as int32. What a run trains on is always what the ledger holds, so a replayed answer equals the first
+bit for bit.
+"""
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from extraction.errors import Stop
+
+_SCHEMA = """
+PRAGMA page_size = 16384;
+CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS answers (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, answer BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS referee (key BLOB PRIMARY KEY, answer BLOB NOT NULL);
+"""
+_STEPS = 2048.0
+
+
+def encode_answers(answers: Tensor, surface: str) -> list[bytes]:
+    """Each row of (B, ...) answers as bytes."""
+    array = answers.detach().cpu().numpy()
+    if surface == "label":
+        packed = array.astype("<i4")
+    elif surface == "logits":
+        packed = array.astype("<f4")
+    else:
+        with np.errstate(divide="ignore"):
+            steps = np.rint(-np.log(array.astype(np.float64)) * _STEPS)
+        packed = np.where(array > 0, np.minimum(steps, 65534), 65535).astype("<u2")
+    return [row.tobytes() for row in packed]
+
+
+def decode_answers(rows: Sequence[bytes], surface: str, decimals: int | None = None) -> Tensor:
+    """The inverse: (B,) int64 labels, or (B, num_classes) float32."""
+    joined = b"".join(rows)
+    if surface == "label":
+        return torch.from_numpy(np.frombuffer(joined, "<i4").astype(np.int64))
+    if surface == "logits":
+        answers = torch.from_numpy(np.frombuffer(joined, "<f4").reshape(len(rows), -1).copy())
+    else:
+        steps = np.frombuffer(joined, "<u2").reshape(len(rows), -1)
+        answers = torch.from_numpy(np.where(steps < 65535, np.exp(-(steps / _STEPS)), 0.0).astype(np.float32))
+    return answers if decimals is None else answers.round(decimals=decimals)
+
+
+class Ledger:
+    """A victim's answers with memory: `query(clips, keys) -> answers`.
+
+    `open_victim(num_queries)` opens the door, told what earlier lives of the run have spent. When the victim's weights are
+    not there but the ledger holds answers, it serves those alone. Raises Stop when the file is not a ledger or holds
+    answers of another victim or another surface.
+    """
+
+    def __init__(self, path: str | Path, open_victim: Callable[[int], Any], answers: str, decimals: int | None = None):
+        self.path, self.answers, self.decimals = Path(path), answers, decimals
+        self._database = _connect(self.path)
+        kept = dict(self._database.execute("SELECT name, value FROM about"))
+        self._num_queries = int(kept.get("num_queries", 0))
+        if kept:
+            self._check("answers", kept["answers"], answers)
+            self._check("decimals", kept["decimals"], str(decimals))
+        try:
+            self._victim = open_victim(self._num_queries)
+        except Stop as error:
+            if not kept:
+                self.close()
+                raise
+            print(f"{error}\nanswering from {self.path} alone: {len(self)} answers kept")
+            self._victim = None
+        if self._victim is not None:
+            about = dict(
+                answers=answers,
+                decimals=str(decimals),
+                victim=self._victim.name,
+                fingerprint=self._victim.fingerprint,
+                classes=json.dumps(self._victim.classes),
+            )
+            if kept:
+                self._check(
+                    "victim", f"{kept['victim']} ({kept['fingerprint']})", f"{about['victim']} ({about['fingerprint']})"
+                )
+            else:
+                with self._database:
+                    self._database.executemany("INSERT INTO about VALUES (?, ?)", (about | {"num_queries": "0"}).items())
+                kept = about
+        self.victim, self.fingerprint = kept["victim"], kept["fingerprint"]
+        self.classes = tuple(json.loads(kept["classes"]))
+        self.query_budget = None if self._victim is None else self._victim.query_budget
+
+    def _check(self, what: str, kept: str, wanted: str) -> None:
+        if kept != wanted:
+            self.close()
+            raise Stop(f"{self.path} keeps {what} {kept}, this run wants {wanted}; choose another --out-dir")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def num_queries(self) -> int:
+        """Paid answers over the whole life of the run."""
+        return self._num_queries
+
+    @property
+    def queries_left(self) -> int | None:
+        return None if self._victim is None else self._victim.queries_left
+
+    def __len__(self) -> int:
+        return self._database.execute("SELECT count(*) FROM answers").fetchone()[0]
+
+    def find(self, keys: Sequence[bytes], table: str = "answers") -> dict[bytes, bytes]:
+        """The kept answers among `keys`, still encoded."""
+        found: dict[bytes, bytes] = {}
+        for i in range(0, len(keys), 500):
+            part = list(keys[i : i + 500])
+            marks = ",".join("?" * len(part))
+            found.update(self._database.execute(f"SELECT key, answer FROM {table} WHERE key IN ({marks})", part))
+        return found
+
+    def count_affordable(self, keys: Sequence[bytes]) -> int:
+        """How many of `keys`, from the first on, can be answered within the budget: known ones are free."""
+        if self.queries_left is None:
+            return len(keys)
+        known, left, seen = self.find(keys), self.queries_left, set()
+        for number, key in enumerate(keys):
+            if key not in known and key not in seen:
+                if left == 0:
+                    return number
+                left -= 1
+                seen.add(key)
+        return len(keys)
+
+    def query(self, clips: Tensor, keys: Sequence[bytes]) -> Tensor:
+        """Answer (B, 3, T, H, W) clips named by `keys`, paying for those that were never answered.
+
+        Returns what `Victim.query` does, on the clips' device. Raises BudgetExhausted, with nothing spent, when the new
+        ones are more than the budget has left, and Stop when there are new ones but no victim to ask.
+        """
+        known = self.find(keys)
+        new = {key: i for i, key in enumerate(keys) if key not in known}
+        if new:
+            known |= self._pay(clips, new)
+        return decode_answers([known[key] for key in keys], self.answers, self.decimals).to(clips.device)
+
+    def _pay(self, clips: Tensor, new: dict[bytes, int]) -> dict[bytes, bytes]:
+        if self._victim is None:
+            raise Stop(f"{len(new)} views are not in {self.path}, and the victim's weights are not here to ask")
+        chosen = clips if len(new) == len(clips) else clips[list(new.values())]
+        rows = dict(zip(new, encode_answers(self._victim.query(chosen), self.answers), strict=True))
+        try:
+            with self._database:
+                self._database.executemany("INSERT INTO answers (key, answer) VALUES (?, ?)", rows.items())
+                self._database.execute(
+                    "UPDATE about SET value = ? WHERE name = 'num_queries'", (str(self._num_queries + len(rows)),)
+                )
+        except sqlite3.Error as error:
+            raise Stop(f"cannot write {self.path}: {error}; make room, then run again: nothing is paid twice") from None
+        self._num_queries += len(rows)
+        return rows
+
+    def referee_answers(self, keys: Sequence[bytes], compute: Callable[[], Tensor]) -> Tensor:
+        """The referee's own (B, num_classes) probabilities for held-out clips: unmetered, kept apart, never trained on."""
+        known = self.find(keys, "referee")
+        if len(known) < len(set(keys)):
+            known = dict(zip(keys, encode_answers(compute(), "probs"), strict=True))
+            with self._database:
+                self._database.executemany("INSERT OR REPLACE INTO referee VALUES (?, ?)", known.items())
+        return decode_answers([known[key] for key in keys], "probs")
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        """All (key, encoded answer), in the order they were paid for."""
+        return iter(self._database.execute("SELECT key, answer FROM answers ORDER BY id"))
+
+    def close(self) -> None:
+        self._database.close()
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        database = sqlite3.connect(path)
+        database.executescript(_SCHEMA)
+        database.execute("PRAGMA journal_mode = WAL")
+        # FULL: an answer is on the disk, not only in its cache, before it is used: it survives a power cut too.
+        database.execute("PRAGMA synchronous = FULL")
+    except sqlite3.Error as error:
+        raise Stop(f"cannot open {path}: {error}; is it a ledger, and is its folder writable?") from None
+    return database

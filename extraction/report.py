@@ -1,0 +1,162 @@
+"""What a run leaves for people: its results, its saved student, its curve and sheets of clips, and tables of results."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from extraction.data.clips import report_broken
+from extraction.errors import BudgetExhausted
+from extraction.evaluation import Referee
+from extraction.ledger import Ledger
+from extraction.runs import Run
+from extraction.students import Student
+from extraction.weights import save_weights
+
+
+def finish(
+    run: Run,
+    student: Student,
+    victim: Ledger | None,
+    referee: Referee,
+    history: list[dict],
+    stopped: str = "epochs",
+    broken: Sequence[tuple[Path, str]] = (),
+    **more: Any,
+) -> dict:
+    """Save the student, draw the curve, write `results.json` and print the table. `more` goes into the results.
+
+    Returns the results. Raises BudgetExhausted, after all that, when the query budget ended the run.
+    """
+    clips = referee.clips
+    about = dict(
+        student=student.name,
+        classes=list(referee.classes),
+        num_frames=clips.num_frames,
+        stride=clips.stride,
+        size=clips.size,
+    )
+    save_weights(run.folder / "student.safetensors", student.net.state_dict(), about)
+    chance = 1.0 / len(referee.classes)
+    draw_curve(run.folder / "curve.png", history, referee.victim_scores.get("top1"), chance, run.experiment)
+    final = {k: v for k, v in history[-1].items() if k not in ("epoch", "num_queries", "loss")}
+    victim_scores = {f"victim_{name}": value for name, value in referee.victim_scores.items()}
+    broken = [*broken, *referee.broken]
+    results = run.finish(
+        dict(
+            victim=victim.victim if victim else None,
+            victim_fingerprint=victim.fingerprint if victim else None,
+            student=student.name,
+            answers=victim.answers if victim else None,
+            num_queries=victim.num_queries if victim else 0,
+            query_budget=run.config.get("query_budget"),
+            num_classes=len(referee.classes),
+            num_val_videos=referee.clips.num_videos,
+            chance_top1=chance,
+            **final,
+            **victim_scores,
+            stopped=stopped,
+            broken=[[str(path), reason] for path, reason in broken],
+            history=history,
+            **more,
+        )
+    )
+    print_results(results)
+    report_broken(broken)
+    print(f"all of it is in {run.folder}")
+    if stopped != "epochs":
+        raise BudgetExhausted(stopped)
+    return results
+
+
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.1f}"
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, the first row being the head."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def print_results(*runs: dict) -> dict:
+    """Print one table of the results of runs on the same held-out videos: victim, students, chance. Returns the last."""
+    last = runs[-1]
+    rows = [["% on held-out videos", "top-1", "top-5", "agreement@1", "agreement@5", "queries"]]
+    if last.get("victim_top1") is not None:
+        rows.append(["victim", percent(last["victim_top1"]), percent(last["victim_top5"]), "-", "-", "-"])
+    for run in runs:
+        scores = [percent(run.get(name)) for name in ("top1", "top5", "agreement_at_1", "agreement_at_5")]
+        rows.append([f"student, {run['experiment']}", *scores, str(run["num_queries"])])
+    chance = last["chance_top1"]
+    rows.append(["chance", percent(chance), percent(min(1.0, 5 * chance)), percent(chance), percent(min(1.0, 5 * chance)), "-"])
+    print("\n" + format_table(rows) + "\n")
+    return last
+
+
+def draw_curve(path: str | Path, history: Sequence[dict], victim_top1: float | None, chance: float, title: str) -> None:
+    """Draw accuracy and agreement against queries; against epochs for a run that asks none."""
+    axis = "num_queries" if any(point["num_queries"] for point in history) else "epoch"
+    figure, axes = _pyplot().subplots(figsize=(7, 4.5), layout="constrained")
+    along = [point[axis] for point in history]
+    for name, label in (
+        ("agreement_at_1", "agreement@1 with the victim"),
+        ("top1", "student top-1"),
+        ("top5", "student top-5"),
+    ):
+        if history and name in history[0]:
+            axes.plot(along, [100 * point[name] for point in history], marker="o", markersize=3, label=label)
+    if victim_top1 is not None:
+        axes.axhline(100 * victim_top1, color="black", linestyle="--", linewidth=1, label="victim top-1")
+    axes.axhline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance top-1")
+    axes.set(xlabel="queries paid" if axis == "num_queries" else "epoch", ylabel="%", ylim=(0, 102), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=120)
+    _pyplot().close(figure)
+
+
+def draw_clips(path: str | Path, clips: Tensor, captions: Sequence[str], num_frames: int = 8) -> None:
+    """Draw a contact sheet of float (B, C, T, H, W) clips in [0, 1]: a row a clip, its caption above it."""
+    clips = clips.detach().float().cpu()
+    rows, length = len(clips), clips.shape[2]
+    shown = [round(k * (length - 1) / max(1, num_frames - 1)) for k in range(min(num_frames, length))]
+    figure, axes = _pyplot().subplots(
+        rows, len(shown), figsize=(1.25 * len(shown), 1.5 * rows), layout="constrained", squeeze=False
+    )
+    for row, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
+        for column, frame in enumerate(shown):
+            axes[row, column].imshow(clip[:, frame].permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes[row, column].axis("off")
+        axes[row, 0].set_title(caption, fontsize=8, loc="left")
+    figure.savefig(path, dpi=110)
+    _pyplot().close(figure)
+
+
+def draw_queries(path: str | Path, views: Tensor, targets: Tensor, sources: Sequence[str], classes: Sequence[str]) -> None:
+    """Draw the first clips that the victim saw, each under the name of its folder and the victim's top answer."""
+    confidence, top = targets.max(1)
+    captions = [
+        f"{source}: the victim says {classes[label]} ({100 * share:.0f} %)"
+        for source, label, share in zip(sources, top.tolist(), confidence.tolist(), strict=False)
+    ]
+    draw_clips(path, views[:8], captions[:8])
+
+
+def _pyplot():
+    import matplotlib  # here, because it takes long to import and only the end of a run needs it
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+if __name__ == "__main__":  # python -m extraction.report RUN ...: one table of several runs
+    print_results(*(json.loads((Path(folder) / "results.json").read_text()) for folder in sys.argv[1:]))

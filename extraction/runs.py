@@ -1,0 +1,191 @@
+"""Run folders: what every script leaves behind, and what resumes it after any interruption."""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from extraction.errors import Stop
+from extraction.weights import read_checkpoint, write_atomically
+
+# Constants that may differ when a run is resumed: they change how fast it goes, not what comes out.
+_FREE = {"device", "num_workers", "checkpoint_seconds", "out_dir"}
+
+
+class Run:
+    """The folder of one run: `config.json`, `results.json`, TensorBoard events, pictures, and the state that resumes it.
+
+    Opening a folder that holds a run of other constants raises Stop, which names them. `finished` holds the results of a
+    run that ended. Ctrl-C sets `stop_asked`, which loops look at after each step.
+    """
+
+    def __init__(self, experiment: str, out_dir: str | Path, config: Any, checkpoint_seconds: float = 60.0):
+        self.experiment, self.folder, self.checkpoint_seconds = experiment, Path(out_dir), checkpoint_seconds
+        self.config = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+        self.stop_asked = False
+        self._started, self._seconds_before = time.monotonic(), 0.0
+        self._last_checkpoint = time.monotonic()
+        self._writer = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Stop(f"cannot make {self.folder}: {error.strerror}; choose another --out-dir") from None
+        self._refuse_other_constants()
+        results = self.folder / "results.json"
+        self.finished = json.loads(results.read_text()) if results.exists() else None
+        if self.finished and self.finished["config"].get("query_budget") != self.config.get("query_budget"):
+            self.finished = None  # it stopped for want of budget, and goes on with another
+
+    def begin(self) -> None:
+        """Write `config.json`: from here on the folder belongs to a run of these constants."""
+        write_atomically(self.folder / "config.json", lambda file: file.write(_to_json(self.config)))
+
+    def _refuse_other_constants(self) -> None:
+        path = self.folder / "config.json"
+        if not path.exists():
+            return
+        kept = json.loads(path.read_text())
+        free = _FREE | {"query_budget"}
+        other = [k for k in self.config if k not in free and kept.get(k) != self.config[k]]
+        if other:
+            changes = ", ".join(f"{k} {kept.get(k)} -> {self.config[k]}" for k in other[:3])
+            raise Stop(f"{self.folder} holds a run with other constants ({changes}); choose another --out-dir or delete it")
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run, over all its lives."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def load_state(self) -> dict | None:
+        """The last good checkpoint, or None in a new run."""
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return None
+        state = read_checkpoint(path)
+        self._seconds_before, self._started = state.pop("seconds"), time.monotonic()
+        return state
+
+    def checkpoint_due(self) -> bool:
+        return self.stop_asked or time.monotonic() - self._last_checkpoint >= self.checkpoint_seconds
+
+    def save_state(self, state: dict) -> None:
+        """Write a checkpoint (tensors and plain values). Atomic: a crash inside leaves the one before."""
+        state = state | {"seconds": self.seconds}
+        write_atomically(self.folder / "state.pt", lambda file: torch.save(state, file))
+        self._last_checkpoint = time.monotonic()
+
+    def log(self, num_queries: int, values: dict[str, float]) -> None:
+        """Write scalars to TensorBoard, against queries."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder), purge_step=num_queries)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, num_queries)
+
+    def finish(self, results: dict) -> dict:
+        """Write `results.json`, with what every run's results have. Returns the results."""
+        results = {
+            "experiment": self.experiment,
+            **results,
+            "seconds": round(self.seconds, 1),
+            "commit": current_commit(),
+            "config": self.config,
+        }
+        write_atomically(self.folder / "results.json", lambda file: file.write(_to_json(results)))
+        if self._writer is not None:
+            self._writer.close()
+        return results
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """Within it, the first Ctrl-C (or SIGTERM) lets the step finish and be saved; the second stops at once."""
+
+        def ask(signum, _frame):
+            self.stop_asked = True
+            signal.signal(signum, signal.default_int_handler)
+            print("\nstopping after this step (once more: at once)", file=sys.stderr)
+
+        try:
+            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: signals are someone else's
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def current_commit() -> str:
+    """The commit of the code that runs, with `+` when the working tree differs; `unknown` outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` (CUDA if there is one), or the device asked for. Raises Stop when that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise Stop(f"device {name!r}: write auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Stop(f"device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here; use --device cpu")
+    return device
+
+
+def check_at_least(config: Any, minimum: float, *names: str) -> None:
+    """Raise Stop for the first of the named constants that is below `minimum`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise Stop(f"--{name.replace('_', '-')} {value}: it must be at least {minimum}")
+
+
+def set_seed(seed: int) -> None:
+    """Seed PyTorch's generators, right before a student is made: building a victim draws from them too.
+
+    Data order and views are functions of the seed alone.
+    """
+    torch.manual_seed(seed)
+
+
+def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None = None) -> None:
+    """The command line of a script: `config_class` turned into flags, its defaults those of `demo` under --demo.
+
+    Stop becomes its one line and exit status 1, Ctrl-C exit status 130.
+    """
+    import tyro
+
+    default = config_class(**demo) if demo and "--demo" in sys.argv[1:] else config_class()
+    doc = (sys.modules[main.__module__].__doc__ or "").strip()
+    try:
+        config = tyro.cli(config_class, default=default, description=doc)
+        main(config)
+    except Stop as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        sys.exit(130)

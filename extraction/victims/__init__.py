@@ -1,0 +1,199 @@
+"""Victims: frozen video classifiers behind a metered door that gives answers only.
+
+`load_victim` opens the door an attacker gets. `load_model` is the referee's way in: the bare model, unmetered, for
+scoring a victim against labels; no training code calls it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from extraction.errors import BudgetExhausted, Stop
+from extraction.preprocess import Preprocessed
+from extraction.weights import fingerprint, read_metadata, read_state
+
+ANSWERS = ("logits", "probs", "top5", "label")
+_PACKAGE = Path(__file__).parent
+_SWIN_URL = "https://github.com/SwinTransformer/storage/releases/download/v1.0.4"
+
+
+class VictimModel(nn.Module):
+    """A victim's model with its preprocessing: float (B, 3, T, H, W) RGB in [0, 1] -> logits (B, num_classes).
+
+    `classes` are the class names in the order of the logits, `fingerprint` says which weights these are.
+    """
+
+    def __init__(self, model: Preprocessed, classes: list[str], name: str, fingerprint: str):
+        super().__init__()
+        self.model, self.classes, self.name, self.fingerprint = model, tuple(classes), name, fingerprint
+        self.eval().requires_grad_(False)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.model(clips)
+
+
+def _kinetics400_classes() -> list[str]:
+    from torchvision.models.video import Swin3D_T_Weights
+
+    return list(Swin3D_T_Weights.KINETICS400_V1.meta["categories"])
+
+
+# The classes of published victims, in the order of their logits.
+KNOWN_CLASSES: dict[str, Callable[[], list[str]]] = {"k400": _kinetics400_classes}
+
+
+def _load_swin(architecture: str, weights: Path) -> tuple[Preprocessed, list[str]]:
+    from extraction.victims import swin  # here, because torchvision takes a second to import
+
+    state = swin.to_torchvision_keys(read_state(weights))
+    head = state.get("head.weight")
+    classes = _kinetics400_classes()
+    if head is not None and len(head) != len(classes):
+        raise Stop(f"{weights}: the head has {len(head)} classes, {architecture}_k400 has {len(classes)}")
+    net = swin.create_swin(architecture, len(classes))
+    swin.load_state(net, state, weights, architecture)
+    return Preprocessed(net, 32, 224, swin.MEAN, swin.STD), classes
+
+
+def _load_trained(weights: Path) -> tuple[Preprocessed, list[str]]:
+    """A victim made by `train_victim.py`: its file says which architecture, classes and clip it has."""
+    from extraction.victims import swin
+
+    about = read_metadata(weights)
+    if "classes" not in about or "architecture" not in about:
+        raise Stop(f"{weights}: not a victim made by train_victim.py (no class names inside); pass --victim by its own name")
+    net = swin.create_swin(about["architecture"], len(about["classes"]))
+    swin.load_state(net, read_state(weights), weights, about["architecture"])
+    return Preprocessed(net, about["num_frames"], about["size"], swin.MEAN, swin.STD), about["classes"]
+
+
+def _published_swin(size: str) -> tuple[Callable, Path, str]:
+    name = f"swin_{size}_patch244_window877_kinetics400_1k.pth"
+    return lambda path: _load_swin(f"swin_{size[0]}", path), Path("weights") / name, f"{_SWIN_URL}/{name}"
+
+
+# name -> (loader of a weight file, its usual place, where it comes from)
+VICTIMS: dict[str, tuple[Callable, Path | None, str]] = {
+    "swin_t_k400": _published_swin("tiny"),
+    "swin_s_k400": _published_swin("small"),
+    "swin_b_k400": _published_swin("base"),
+    "demo_swin": (_load_trained, _PACKAGE / "demo_swin.safetensors", "train_victim.py --demo"),
+    "trained": (_load_trained, None, "train_victim.py"),
+}
+
+
+def find_weights(name: str, weights: str | Path | None = None) -> Path:
+    """The weight file of a victim: `weights`, or its usual place.
+
+    Raises Stop when there is no victim of that name, or no file: the line says which path and where to get it.
+    """
+    if name not in VICTIMS:
+        raise Stop(f"no victim is called {name!r}; there are {', '.join(VICTIMS)}")
+    _, usual, source = VICTIMS[name]
+    path = Path(weights) if weights else usual
+    if path is None:
+        raise Stop(f"victim {name!r} needs --victim-weights (made by {source})")
+    if not path.exists():
+        raise Stop(f"victim weights {path} not found: {name} from {source} belongs there; or try --demo")
+    return path
+
+
+def load_model(name: str, weights: str | Path | None = None, device: str | torch.device = "cpu") -> VictimModel:
+    """The bare victim, for the referee alone: unmetered, in evaluation mode, without gradients."""
+    path = find_weights(name, weights)
+    model, classes = VICTIMS[name][0](path)
+    return VictimModel(model, classes, name, fingerprint(path)).to(device)
+
+
+_answerers: "WeakKeyDictionary[Victim, Callable[[Tensor], Tensor]]" = WeakKeyDictionary()
+
+
+class Victim:
+    """The door: `query(clips) -> answers` and the meter, nothing else. Made by `load_victim`.
+
+    No attribute leads to the model: the door knows it through a table of this module, so that attack code cannot reach
+    weights, features or gradients by accident.
+    """
+
+    __slots__ = ("__weakref__", "_num_queries", "answers", "classes", "decimals", "fingerprint", "name", "query_budget")
+
+    def __init__(
+        self,
+        model: VictimModel,
+        answers: str = "probs",
+        query_budget: int | None = None,
+        decimals: int | None = None,
+        num_queries: int = 0,
+    ):
+        if answers not in ANSWERS:
+            raise Stop(f"no answers are called {answers!r}; there are {', '.join(ANSWERS)}")
+        if query_budget is not None and query_budget < 0:
+            raise Stop(f"query budget {query_budget}: it must be 0 or more")
+        self.name, self.fingerprint, self.classes = model.name, model.fingerprint, model.classes
+        self.answers, self.decimals = answers, decimals
+        self.query_budget, self._num_queries = query_budget, num_queries
+        _answerers[self] = model
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def num_queries(self) -> int:
+        """Clips answered and billed so far."""
+        return self._num_queries
+
+    @property
+    def queries_left(self) -> int | None:
+        """Clips that the budget still allows; None without a budget."""
+        return None if self.query_budget is None else self.query_budget - self._num_queries
+
+    @torch.no_grad()
+    def query(self, clips: Tensor) -> Tensor:
+        """Answer float (B, 3, T, H, W) RGB clips in [0, 1] and bill B queries.
+
+        Returns (B, num_classes) for `logits`, `probs` and `top5` (probabilities, all but the best five zero), and (B,)
+        int64 for `label`. Raises BudgetExhausted, before anything is answered, when B is more than the budget has left.
+        """
+        if clips.ndim != 5 or clips.shape[1] != 3 or not clips.is_floating_point():
+            raise ValueError(f"clips must be float (B, 3, T, H, W), not {clips.dtype} {tuple(clips.shape)}")
+        if self.query_budget is not None and len(clips) > self.queries_left:
+            raise BudgetExhausted(
+                f"query budget exhausted: {self.num_queries} of {self.query_budget} queries spent, "
+                f"{len(clips)} more asked for; raise --query-budget to go on"
+            )
+        answers = shape_answers(_answerers[self](clips), self.answers, self.decimals)
+        self._num_queries += len(clips)
+        return answers
+
+
+def shape_answers(logits: Tensor, answers: str, decimals: int | None = None) -> Tensor:
+    """What a surface shows of (B, num_classes) logits; see `Victim.query`. `decimals` rounds all but labels."""
+    if answers == "label":
+        return logits.argmax(1)
+    shown = logits if answers == "logits" else logits.softmax(1)
+    if answers == "top5":
+        best = shown.topk(min(5, shown.shape[1]), dim=1)
+        shown = torch.zeros_like(shown).scatter(1, best.indices, best.values)
+    return shown if decimals is None else shown.round(decimals=decimals)
+
+
+def load_victim(
+    name: str,
+    weights: str | Path | None = None,
+    answers: str = "probs",
+    query_budget: int | None = None,
+    device: str | torch.device = "cpu",
+    decimals: int | None = None,
+    num_queries: int = 0,
+) -> Victim:
+    """Open a victim's door.
+
+    `name` is one of `VICTIMS`, `answers` the surface it shows (`logits`, `probs`, `top5`, `label`), `query_budget` the
+    clips it will answer at most, `decimals` rounds what it shows, and `num_queries` is what an earlier life of the run
+    has spent already. Raises Stop when the weights are missing or not this victim's.
+    """
+    return Victim(load_model(name, weights, device), answers, query_budget, decimals, num_queries)

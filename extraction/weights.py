@@ -1,0 +1,132 @@
+"""Weight files: read without ever running code from them, written atomically."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from extraction.errors import Stop
+
+_CONVERT = (
+    "convert it once in a throw-away environment that you trust with it: "
+    "torch.save(torch.load(OLD, weights_only=False).state_dict(), NEW)"
+)
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """Read a PyTorch file of tensors and plain values, on the CPU. Never runs code from it. Raises Stop."""
+    path = Path(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise Stop(f"{path}: holds pickled code (a whole module?), which is never run here; {_CONVERT}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise Stop(f"{path}: not a readable weight file, truncated perhaps ({_first_line(error)})") from None
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict (safetensors, or PyTorch's format with tensors only), on the CPU.
+
+    A checkpoint that wraps it (`state_dict`, `model`, ...) is unwrapped, `module.` prefixes of parallel training are cut.
+    Raises Stop, in one line, for a file that is missing, truncated, not a state dict, or that would have to run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise Stop(f"weights {path} not found")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise Stop(f"{path}: not a readable weight file, truncated perhaps ({_first_line(error)})") from None
+    state = read_checkpoint(path)
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise Stop(f"{path}: not a state dict; its values must be tensors")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What `save_weights` wrote beside the tensors; empty for other files."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("extraction", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise Stop(f"{path}: not a readable weight file, truncated perhaps ({_first_line(error)})") from None
+
+
+def load_strictly(net: nn.Module, state: dict[str, Tensor], weights: str | Path, wanted: str) -> None:
+    """`net.load_state_dict(state)`, with one line that names the keys when the file holds another model's weights."""
+    own = net.state_dict()
+    missing = [key for key in own if key not in state]
+    unknown = [key for key in state if key not in own]
+    shaped = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if missing or unknown or shaped:
+        found = [
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", shaped))
+            if keys
+        ]
+        raise Stop(f"{weights}: not the weights of {wanted}: keys {'; '.join(found)}")
+    net.load_state_dict(state)
+
+
+def save_weights(path: str | Path, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write a state dict as safetensors, with `about` (JSON) inside. Atomic."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    content = save(tensors, {"extraction": json.dumps(about)})
+    write_atomically(path, lambda file: file.write(content))
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file, fsync, rename: at `path` there is the old file or the whole new one, whatever happens.
+
+    Raises Stop, in one line, when the disk is full or the folder read-only; the old file is then untouched.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise Stop(
+            f"cannot write {path}: {_first_line(error)}; make room (or choose another --out-dir), then run the same again"
+        ) from None
+
+
+def fingerprint(path: str | Path) -> str:
+    """A short name for the content of a file, or of a folder's files."""
+    path, digest = Path(path), hashlib.blake2b(digest_size=8)
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 24):
+                    digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,92 @@
+"""The baseline of every grey-box attack: the same student, trained on the 5 % labelled share alone, without a victim.
+
+    python grey_box/labels_only.py --demo
+
+What an attack gains over this is what the victim's answers were worth.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from extraction.data.augment import Augmentation
+from extraction.data.clips import Clips
+from extraction.data.demo import write_demo_set
+from extraction.data.folders import find_videos, list_classes, require_folder
+from extraction.distill import distill
+from extraction.evaluation import Referee
+from extraction.report import finish, print_results
+from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
+from extraction.students import create_student
+
+
+@dataclass(frozen=True)
+class Config:
+    student: str = "r2plus1d_34"
+    student_weights: str | None = "weights/r2plus1d_34_clip32_ig65m_from_scratch-449a7af9.pth"
+    own: str = "datasets/kinetics400_5per"
+    """Labelled videos of the task, in class folders."""
+    own_list: str | None = None
+    """Use only the videos of --own that this list names."""
+    val: str = "datasets/kinetics400_val"
+    """Held-out labelled videos that score the student."""
+    val_list: str | None = None
+    num_frames: int = 32
+    stride: int = 1
+    step: int = 32
+    """A new clip every so many frames."""
+    size: int = 224
+    epochs: int = 30
+    """More than an attack's 10: there are fewer clips."""
+    batch_size: int = 16
+    head_lr: float = 3e-5
+    body_lr: float = 3e-6
+    hflip: float = 0.5
+    brightness: float = 0.1
+    rotation: float = 15.0
+    seed: int = 0
+    device: str = "auto"
+    num_workers: int = 8
+    checkpoint_seconds: float = 300.0
+    out_dir: str = "runs/labels_only"
+    demo: bool = False
+    """Run on the embedded demo set: a minute on two CPU cores."""
+
+
+DEMO = dict(
+    demo=True, student="r2plus1d_tiny", student_weights=None, own="datasets/demo/train_5per", val="datasets/demo/val",
+    num_frames=16, step=16, size=48, epochs=40, head_lr=1e-3, body_lr=1e-3, hflip=0.0, rotation=3.0, num_workers=1,
+    checkpoint_seconds=10.0, out_dir="runs/labels_only_demo",
+)  # fmt: skip
+
+
+def main(config: Config) -> dict:
+    check_at_least(config, 1, "epochs", "batch_size", "num_frames", "stride", "step", "size")
+    if config.demo:
+        write_demo_set("datasets/demo")
+    device = choose_device(config.device)
+    require_folder(config.own, "5 % of Kinetics-400's training set, in class folders,")
+    require_folder(config.val, "Kinetics-400's validation set (or 10 % of it), in class folders,")
+    run = Run("labels_only", config.out_dir, config, config.checkpoint_seconds)
+    if run.finished:
+        return print_results(run.finished)
+    classes = list_classes(config.own, "train")
+    shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
+    clips = Clips(find_videos(config.own, classes, "train", config.own_list), step=config.step, **shape)
+    val = Clips(find_videos(config.val, classes, "val", config.val_list), views=(1, 1), **shape)
+    referee = Referee(val, classes, device, config.batch_size, config.num_workers)
+    set_seed(config.seed)
+    student = create_student(config.student, len(classes), config.student_weights).to(device)
+    optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr))
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
+    history, _ = distill(
+        run, student, None, clips, optimizer, schedule, referee.score,
+        epochs=config.epochs, batch_size=config.batch_size, label_weight=1.0,
+        augmentation=Augmentation(config.hflip, config.brightness, config.rotation),
+        seed=config.seed, num_workers=config.num_workers,
+    )  # fmt: skip
+    return finish(run, student, None, referee, history, broken=clips.broken)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, DEMO)

@@ -1,0 +1,20 @@
+"""What the tests share: a small demo set, drawn once, and one thread, so that they run alike everywhere."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from extraction.data.demo import write_demo_set
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def demo_set(tmp_path_factory) -> Path:
+    """The demo set's folders with a handful of 16-frame videos of 64x64 per class."""
+    splits = {"train_5per": 3, "val": 2, "unrelated_a": 3, "unrelated_b": 2}
+    return write_demo_set(tmp_path_factory.mktemp("demo"), splits, processes=1)

@@ -1,0 +1,140 @@
+"""The ledger: what is paid for is kept, and never paid for again."""
+
+import sqlite3
+import time
+
+import pytest
+import torch
+
+from extraction.errors import BudgetExhausted, Stop
+from extraction.ledger import Ledger, decode_answers, encode_answers
+from extraction.victims import load_victim
+
+
+def open_ledger(path, answers="probs", budget=None, decimals=None) -> Ledger:
+    def opener(spent):
+        return load_victim("demo_swin", answers=answers, query_budget=budget, decimals=decimals, num_queries=spent)
+
+    return Ledger(path, opener, answers, decimals)
+
+
+def without_weights(path, answers="probs") -> Ledger:
+    return Ledger(path, lambda spent: load_victim("demo_swin", "nowhere.safetensors"), answers)
+
+
+@pytest.fixture
+def clips() -> torch.Tensor:
+    return torch.rand(5, 3, 16, 48, 48, generator=torch.Generator().manual_seed(0))
+
+
+KEYS = [bytes([k]) * 16 for k in range(5)]
+
+
+@pytest.mark.parametrize("answers", ["logits", "probs", "top5", "label"])
+def test_known_views_are_free_and_equal_to_the_bit(tmp_path, clips, answers):
+    ledger = open_ledger(tmp_path / "l.sqlite", answers)
+    first = ledger.query(clips[:3], KEYS[:3])
+    mixed = ledger.query(clips, KEYS)
+    assert ledger.num_queries == 5
+    assert torch.equal(mixed[:3], first)
+    ledger.close()
+    again = open_ledger(tmp_path / "l.sqlite", answers)
+    assert torch.equal(again.query(clips, KEYS), mixed)
+    assert (again.num_queries, len(again)) == (5, 5)
+    truth = load_victim("demo_swin", answers=answers).query(clips)
+    torch.testing.assert_close(mixed, truth, rtol=3e-4, atol=1e-6)
+
+
+def test_one_view_twice_in_a_batch_is_billed_once(tmp_path, clips):
+    ledger = open_ledger(tmp_path / "l.sqlite", budget=1)
+    answers = ledger.query(clips[[0, 0]], [KEYS[0], KEYS[0]])
+    assert ledger.num_queries == 1
+    assert torch.equal(answers[0], answers[1])
+
+
+def test_the_budget_counts_over_all_lives(tmp_path, clips):
+    ledger = open_ledger(tmp_path / "l.sqlite", budget=4)
+    ledger.query(clips[:3], KEYS[:3])
+    ledger.close()
+    ledger = open_ledger(tmp_path / "l.sqlite", budget=4)
+    assert ledger.queries_left == 1
+    assert ledger.count_affordable(KEYS) == 4
+    with pytest.raises(BudgetExhausted):
+        ledger.query(clips, KEYS)
+    assert ledger.num_queries == 3
+    ledger.query(clips[:4], KEYS[:4])
+    assert ledger.num_queries == 4
+
+
+def test_a_full_ledger_needs_no_victim(tmp_path, clips, capsys):
+    paid = open_ledger(tmp_path / "l.sqlite").query(clips, KEYS)
+    ledger = without_weights(tmp_path / "l.sqlite")
+    assert "answering from" in capsys.readouterr().out
+    assert torch.equal(ledger.query(clips, KEYS), paid)
+    assert ledger.num_classes == 12
+    with pytest.raises(Stop, match="1 views are not in"):
+        ledger.query(clips[:1], [b"x" * 16])
+    with pytest.raises(Stop, match=r"nowhere.safetensors not found"):
+        without_weights(tmp_path / "new.sqlite")
+
+
+def test_answers_serve_only_the_surface_they_were_bought_at(tmp_path, clips):
+    open_ledger(tmp_path / "l.sqlite", "label").query(clips, KEYS)
+    with pytest.raises(Stop, match="keeps answers label, this run wants probs"):
+        open_ledger(tmp_path / "l.sqlite", "probs")
+    open_ledger(tmp_path / "r.sqlite", "probs", decimals=2).query(clips, KEYS)
+    with pytest.raises(Stop, match="keeps decimals 2"):
+        open_ledger(tmp_path / "r.sqlite", "probs")
+
+
+def test_a_file_that_is_no_ledger_gets_one_line(tmp_path):
+    (tmp_path / "l.sqlite").write_bytes(b"something else" * 1000)
+    with pytest.raises(Stop, match=r"cannot open .*l.sqlite: file is not a database"):
+        open_ledger(tmp_path / "l.sqlite")
+
+
+def test_an_answer_and_its_bill_are_one_transaction(tmp_path, clips):
+    ledger = open_ledger(tmp_path / "l.sqlite")
+    ledger.query(clips[:2], KEYS[:2])
+    ledger._database.execute("CREATE TRIGGER full BEFORE UPDATE ON about BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
+    with pytest.raises(Stop, match="disk is full; make room"):
+        ledger.query(clips, KEYS)
+    ledger._database.execute("DROP TRIGGER full")
+    assert len(ledger) == ledger.num_queries == 2
+    ledger.query(clips, KEYS)
+    assert len(ledger) == ledger.num_queries == 5
+
+
+def test_another_process_may_read_while_it_is_written(tmp_path, clips):
+    ledger = open_ledger(tmp_path / "l.sqlite")
+    ledger.query(clips[:2], KEYS[:2])
+    reader = sqlite3.connect(f"file:{tmp_path / 'l.sqlite'}?mode=ro", uri=True)
+    assert reader.execute("SELECT count(*) FROM answers").fetchone() == (2,)
+    ledger.query(clips, KEYS)
+    assert reader.execute("SELECT count(*) FROM answers").fetchone() == (5,)
+
+
+def test_probabilities_keep_their_value_in_16_bits():
+    probs = torch.cat([torch.rand(50, 400).softmax(1), torch.tensor([[0.0, 1.0] + [0.0] * 398, [1e-12] * 400])])
+    found = decode_answers(encode_answers(probs, "probs"), "probs")
+    torch.testing.assert_close(found, probs, rtol=2.6e-4, atol=0)
+    assert found[50].tolist()[:3] == [0.0, 1.0, 0.0]
+    rows = encode_answers(found, "probs")
+    assert torch.equal(decode_answers(rows, "probs"), found)  # a fixed point: re-encoding changes nothing
+
+
+@pytest.mark.slow
+def test_400_000_answers_take_at_most_400_MB_and_open_at_once(tmp_path):
+    ledger = open_ledger(tmp_path / "l.sqlite")
+    row = torch.rand(1000, 400).softmax(1)
+    with ledger._database:
+        for block in range(400):
+            rows = encode_answers(row.roll(block, 1), "probs")
+            keys = [torch.randint(0, 256, (16,), dtype=torch.uint8).numpy().tobytes() for _ in rows]
+            ledger._database.executemany("INSERT INTO answers (key, answer) VALUES (?, ?)", zip(keys, rows, strict=True))
+    ledger.close()
+    assert (tmp_path / "l.sqlite").stat().st_size <= 400e6
+    begin = time.perf_counter()
+    ledger = open_ledger(tmp_path / "l.sqlite")
+    ledger.find([keys[0]])
+    assert time.perf_counter() - begin < 1.0

@@ -1,0 +1,189 @@
+"""The door: metered, answers only; and the published checkpoints behind it."""
+
+import gc
+import types
+
+import pytest
+import torch
+
+from extraction.errors import BudgetExhausted, Stop
+from extraction.victims import ANSWERS, load_model, load_victim, shape_answers, swin
+from extraction.weights import load_strictly, read_state, save_weights
+
+
+@pytest.fixture
+def clips() -> torch.Tensor:
+    return torch.rand(6, 3, 16, 48, 48, generator=torch.Generator().manual_seed(0))
+
+
+def test_counts_each_clip_and_stops_before_the_budget_is_passed(clips):
+    victim = load_victim("demo_swin", query_budget=8)
+    victim.query(clips)
+    assert (victim.num_queries, victim.queries_left) == (6, 2)
+    with pytest.raises(BudgetExhausted, match="6 of 8 queries spent, 3 more"):
+        victim.query(clips[:3])
+    assert victim.num_queries == 6  # the refused clips were not billed
+    victim.query(clips[:2])
+    assert victim.queries_left == 0
+
+
+def test_surfaces_show_what_they_say(clips):
+    logits = load_model("demo_swin")(clips)
+    said = {surface: load_victim("demo_swin", answers=surface).query(clips) for surface in ANSWERS}
+    torch.testing.assert_close(said["logits"], logits)
+    torch.testing.assert_close(said["probs"], logits.softmax(1))
+    assert torch.equal(said["label"], logits.argmax(1))
+    assert said["label"].dtype == torch.int64
+    assert ((said["top5"] > 0).sum(1) == 5).all()
+    assert torch.equal(said["top5"].max(1).values, said["probs"].max(1).values)
+
+
+def test_rounding_hides_digits(clips):
+    said = load_victim("demo_swin", decimals=2).query(clips)
+    torch.testing.assert_close(said * 100, (said * 100).round(), atol=1e-4, rtol=0)
+    assert torch.equal(shape_answers(torch.tensor([[0.0, 3.0]]), "probs", 1), torch.tensor([[0.0, 1.0]]))
+
+
+def test_no_gradient_comes_through_the_door(clips):
+    clips.requires_grad_(True)
+    assert not load_victim("demo_swin").query(clips).requires_grad
+
+
+def test_no_attribute_of_the_door_leads_to_the_model():
+    victim = load_victim("demo_swin")
+    seen, todo = set(), [victim]
+    while todo:  # every object reachable through attributes and containers
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, (type, types.ModuleType, types.FunctionType)):
+            continue
+        seen.add(id(thing))
+        assert not isinstance(thing, (torch.nn.Module, torch.Tensor)), thing
+        if isinstance(thing, types.MethodType):
+            todo.append(thing.__self__)
+        elif isinstance(thing, (list, tuple, set, dict)):
+            todo += list(thing.values()) if isinstance(thing, dict) else list(thing)
+        elif not isinstance(thing, (str, int, float, type(None))):
+            names = [name for name in dir(thing) if not name.startswith("__")]
+            todo += [getattr(thing, name) for name in names]
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (dict(name="swin_x"), "no victim is called 'swin_x'"),
+        (dict(answers="everything"), "no answers are called 'everything'"),
+        (dict(query_budget=-1), "query budget -1"),
+        (dict(name="swin_t_k400"), "swin_tiny_patch244_window877_kinetics400_1k.pth"),
+        (dict(name="trained"), "--victim-weights"),
+    ],
+)
+def test_bad_arguments_get_one_line(change, line):
+    with pytest.raises(Stop, match=line) as caught:
+        load_victim(**(dict(name="demo_swin") | change))
+    assert "\n" not in str(caught.value)
+
+
+# --- the published checkpoints -------------------------------------------------------------------------------------
+
+
+def to_mmaction_keys(state: dict, last_norm: str) -> dict:
+    """The inverse of `to_torchvision_keys`, written out by hand from mmaction's module names."""
+    renamed = {}
+    for key, value in state.items():
+        parts = key.split(".")
+        if parts[0] == "head":
+            name = f"cls_head.fc_cls.{parts[1]}"
+        elif parts[0] == "norm":
+            name = f"backbone.{last_norm}.{parts[1]}"
+        elif parts[0] == "patch_embed":
+            name = f"backbone.{key}"
+        elif int(parts[1]) % 2:
+            name = f"backbone.layers.{int(parts[1]) // 2}.downsample." + ".".join(parts[2:])
+        else:
+            rest = ".".join(parts[2:]).replace("mlp.0", "mlp.fc1").replace("mlp.3", "mlp.fc2")
+            name = f"backbone.layers.{int(parts[1]) // 2}.blocks.{rest}"
+        if not name.endswith("relative_position_index"):
+            renamed[name] = value
+        else:
+            renamed[name] = torch.zeros(1, dtype=torch.int64)  # derived: must not be taken from the file
+    return renamed
+
+
+@pytest.mark.parametrize("last_norm", ["norm", "norm3"])
+def test_published_key_layout_loads_to_the_same_network(tmp_path, last_norm):
+    net = swin.create_swin("swin_t", 400)
+    path = tmp_path / "swin_tiny.pth"
+    torch.save({"meta": {"epoch": 30}, "state_dict": to_mmaction_keys(net.state_dict(), last_norm)}, path)
+    model = load_model("swin_t_k400", path)
+    clips = torch.rand(1, 3, 32, 224, 224)[:, :, :8, :112, :112]
+    normalised = (clips - torch.tensor(swin.MEAN).view(1, 3, 1, 1, 1)) / torch.tensor(swin.STD).view(1, 3, 1, 1, 1)
+    with torch.no_grad():
+        assert torch.equal(model.model.net(normalised), net.eval()(normalised))
+    assert model.classes[0] == "abseiling"
+    assert len(model.classes) == 400
+
+
+def test_torchvision_and_own_files_load_too(tmp_path):
+    net = swin.create_swin("swin_t", 400)
+    torch.save(net.state_dict(), tmp_path / "tv.pth")
+    save_weights(tmp_path / "own.safetensors", net.state_dict(), {})
+    first, second = (load_model("swin_t_k400", tmp_path / name) for name in ("tv.pth", "own.safetensors"))
+    assert torch.equal(first.model.net.head.weight, second.model.net.head.weight)
+
+
+def test_wrong_and_truncated_checkpoints_name_the_keys(tmp_path):
+    state = swin.create_swin("swin_t", 400).state_dict()
+    del state["features.0.0.attn.qkv.weight"]
+    state["patch_embed.extra"] = torch.zeros(1)
+    torch.save(state, tmp_path / "wrong.pth")
+    with pytest.raises(Stop, match=r"1 missing \(features.0.0.attn.qkv.weight\); 1 unknown \(patch_embed.extra\)"):
+        load_model("swin_t_k400", tmp_path / "wrong.pth")
+    whole = (tmp_path / "wrong.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Stop, match=r"cut.pth: not a readable weight file, truncated"):
+        load_model("swin_t_k400", tmp_path / "cut.pth")
+    small = swin.create_swin("swin_t", 12).state_dict()
+    torch.save(small, tmp_path / "classes.pth")
+    with pytest.raises(Stop, match="the head has 12 classes, swin_t_k400 has 400"):
+        load_model("swin_t_k400", tmp_path / "classes.pth")
+    with pytest.raises(Stop, match="not the weights of swin_s"):
+        load_strictly(swin.create_swin("swin_s", 12), small, "classes.pth", "swin_s")
+
+
+class _Bomb:
+    def __reduce__(self):
+        return (open, ("/tmp/extraction-pickle-ran", "w"))
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+    from pathlib import Path
+
+    Path("/tmp/extraction-pickle-ran").unlink(missing_ok=True)
+    torch.save({"model": _Bomb()}, tmp_path / "bomb.pth")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
+    for name in ("bomb.pth", "module.pth"):
+        with pytest.raises(Stop, match="convert it once in a throw-away environment"):
+            read_state(tmp_path / name)
+    assert not Path("/tmp/extraction-pickle-ran").exists()
+
+
+@pytest.mark.parametrize(("num_frames", "size"), [(32, 224), (16, 224), (8, 112)])
+@pytest.mark.slow
+def test_equals_mmaction2(tmp_path, num_frames, size):
+    recognizer = pytest.importorskip(
+        "mmaction.models", reason="mmaction2 is not installed (pip install -r requirements-test.txt)"
+    )
+    torch.manual_seed(0)
+    backbone = recognizer.SwinTransformer3D("tiny", pretrained=None, pretrained2d=False, window_size=(8, 7, 7)).eval()
+    head = recognizer.I3DHead(num_classes=400, in_channels=768, spatial_type="avg").eval()
+    for parameter in [*backbone.parameters(), *head.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.05)
+    state = {f"backbone.{k}": v for k, v in backbone.state_dict().items()}
+    state |= {f"cls_head.{k}": v for k, v in head.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "swin.pth")
+    clips = torch.rand(1, 3, num_frames, size, size)
+    with torch.no_grad():
+        expected = head(backbone(clips))
+        found = load_model("swin_t_k400", tmp_path / "swin.pth").model.net(clips)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
