@@ -199,3 +199,110 @@ def _connect(path: Path) -> sqlite3.Connection:
     except sqlite3.Error as error:
         raise Stop(f"cannot open {path}: {error}; is it a ledger, and is its folder writable?") from None
     return database
+
+
+# --- python -m extraction.ledger ... -------------------------------------------------------------------------------
+
+
+def _open_existing(path: str) -> tuple[sqlite3.Connection, dict[str, str]]:
+    if not Path(path).is_file():
+        raise Stop(f"ledger {path} not found")
+    database = _connect(Path(path))
+    about = dict(database.execute("SELECT name, value FROM about"))
+    if not about:
+        raise Stop(f"{path}: an empty ledger, no victim was ever asked")
+    return database, about
+
+
+def count(ledger: str, /) -> int:
+    """Say which victim a ledger's answers are from, and how many there are."""
+    database, about = _open_existing(ledger)
+    rows = database.execute("SELECT count(*) FROM answers").fetchone()[0]
+    print(
+        f"{rows} answers ({about['answers']}) of {about['victim']} ({about['fingerprint']}), {about['num_queries']} queries paid"
+    )
+    return rows
+
+
+def show(ledger: str, /, limit: int = 20) -> None:
+    """List the first answers, in the order they were paid for: key and the victim's top class."""
+    database, about = _open_existing(ledger)
+    classes = json.loads(about["classes"])
+    for key, answer in database.execute("SELECT key, answer FROM answers ORDER BY id LIMIT ?", (limit,)):
+        said = decode_answers([answer], about["answers"])[0]
+        top = int(said if about["answers"] == "label" else said.argmax())
+        share = "" if about["answers"] in ("label", "logits") else f" {100 * float(said[top]):.1f} %"
+        print(f"{key.hex()}  {classes[top]}{share}")
+
+
+def verify(ledger: str, /) -> None:
+    """Check a ledger: the file's integrity, every answer's length, and that no answer is there without its bill."""
+    database, about = _open_existing(ledger)
+    problems = [line for (line,) in database.execute("PRAGMA integrity_check") if line != "ok"]
+    num_classes = len(json.loads(about["classes"]))
+    width = {"label": 4, "logits": 4 * num_classes}.get(about["answers"], 2 * num_classes)
+    odd = database.execute("SELECT count(*) FROM answers WHERE length(answer) != ?", (width,)).fetchone()[0]
+    rows = database.execute("SELECT count(*) FROM answers").fetchone()[0]
+    if odd:
+        problems.append(f"{odd} answers of another length than {width} bytes")
+    if rows > int(about["num_queries"]):
+        problems.append(f"{rows} answers but only {about['num_queries']} paid")
+    if problems:
+        raise Stop(f"{ledger}: {'; '.join(problems)}")
+    print(f"{ledger}: {rows} answers, all whole and paid")
+
+
+def export(ledger: str, out: str, /) -> None:
+    """Write the answers to OUT: .npz (keys, answers), or .parquet (needs pyarrow)."""
+    database, about = _open_existing(ledger)
+    keys, rows = zip(*database.execute("SELECT key, answer FROM answers ORDER BY id"), strict=True)
+    answers = decode_answers(rows, about["answers"]).numpy()
+    hexed = np.array([key.hex() for key in keys])
+    if out.endswith(".npz"):
+        np.savez_compressed(out, keys=hexed, answers=answers, classes=np.array(json.loads(about["classes"])))
+    elif out.endswith(".parquet"):
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError:
+            raise Stop("Parquet needs pyarrow: pip install pyarrow; or export to .npz") from None
+        table = pyarrow.table({"key": hexed, "answer": list(answers)}, metadata={k: str(v) for k, v in about.items()})
+        parquet.write_table(table, out)
+    else:
+        raise Stop(f"{out}: export to a file ending in .npz or .parquet")
+    print(f"{len(keys)} answers written to {out}")
+
+
+def merge(into: str, other: str, /) -> int:
+    """Add the answers of OTHER to the ledger INTO. Both must be of one victim and surface; the bills add up."""
+    (database, about), (_, theirs) = _open_existing(into), _open_existing(other)
+    for name in ("victim", "fingerprint", "answers", "decimals", "classes"):
+        if about[name] != theirs[name]:
+            raise Stop(f"{into} and {other} differ in {name}: {about[name][:60]} and {theirs[name][:60]}")
+    database.execute("ATTACH ? AS other", (other,))
+    with database:
+        added = database.execute(
+            "INSERT OR IGNORE INTO answers (key, answer) SELECT key, answer FROM other.answers ORDER BY id"
+        ).rowcount
+        database.execute("INSERT OR IGNORE INTO referee SELECT key, answer FROM other.referee")
+        total = int(about["num_queries"]) + int(theirs["num_queries"])
+        database.execute("UPDATE about SET value = ? WHERE name = 'num_queries'", (str(total),))
+    print(f"{added} answers added to {into}; {total} queries paid in all")
+    return added
+
+
+def _main() -> None:
+    import sys
+
+    import tyro
+
+    commands = {"count": count, "list": show, "verify": verify, "export": export, "merge": merge}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, description="Look into ledgers of paid answers.")
+    except Stop as error:
+        print(f"ledger: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    _main()

@@ -127,9 +127,8 @@ def draw_clips(path: str | Path, clips: Tensor, captions: Sequence[str], num_fra
     clips = clips.detach().float().cpu()
     rows, length = len(clips), clips.shape[2]
     shown = [round(k * (length - 1) / max(1, num_frames - 1)) for k in range(min(num_frames, length))]
-    figure, axes = _pyplot().subplots(
-        rows, len(shown), figsize=(1.25 * len(shown), 1.5 * rows), layout="constrained", squeeze=False
-    )
+    figure, axes = _pyplot().subplots(rows, len(shown), figsize=(1.25 * len(shown), 1.5 * rows), squeeze=False)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.25 / (1.5 * rows), wspace=0.04, hspace=0.25)
     for row, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
         for column, frame in enumerate(shown):
             axes[row, column].imshow(clip[:, frame].permute(1, 2, 0).numpy(), interpolation="nearest")

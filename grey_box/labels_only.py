@@ -55,7 +55,7 @@ class Config:
 
 DEMO = dict(
     demo=True, student="r2plus1d_tiny", student_weights=None, own="datasets/demo/train_5per", val="datasets/demo/val",
-    num_frames=16, step=16, size=48, epochs=40, head_lr=1e-3, body_lr=1e-3, hflip=0.0, rotation=3.0, num_workers=1,
+    num_frames=16, step=16, size=48, epochs=20, head_lr=1e-3, body_lr=1e-3, hflip=0.0, rotation=3.0, num_workers=1,
     checkpoint_seconds=10.0, out_dir="runs/labels_only_demo",
 )  # fmt: skip
 

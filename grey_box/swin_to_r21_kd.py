@@ -74,7 +74,7 @@ class Config:
 DEMO = dict(
     demo=True, victim="demo_swin", student="r2plus1d_tiny", student_weights=None,
     own="datasets/demo/train_5per", unrelated=("datasets/demo/unrelated_a", "datasets/demo/unrelated_b"),
-    val="datasets/demo/val", num_frames=16, step=16, size=48, epochs=12, views_per_clip=4, head_lr=1e-3, body_lr=1e-3,
+    val="datasets/demo/val", num_frames=16, step=16, size=48, epochs=9, views_per_clip=4, head_lr=1.5e-3, body_lr=1.5e-3,
     label_weight=1.0, hflip=0.0, rotation=3.0, num_workers=1, checkpoint_seconds=10.0,
     out_dir="runs/swin_to_r21_kd_demo",
 )  # fmt: skip

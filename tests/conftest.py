@@ -18,3 +18,8 @@ def demo_set(tmp_path_factory) -> Path:
     """The demo set's folders with a handful of 16-frame videos of 64x64 per class."""
     splits = {"train_5per": 3, "val": 2, "unrelated_a": 3, "unrelated_b": 2}
     return write_demo_set(tmp_path_factory.mktemp("demo"), splits, processes=1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="how often the fault harness kills each script")
+    parser.addoption("--whole-demo", action="store_true", help="the fault harness runs the scripts' whole --demo")

@@ -3,9 +3,11 @@
 import sqlite3
 import time
 
+import numpy as np
 import pytest
 import torch
 
+from extraction import ledger as ledger_module
 from extraction.errors import BudgetExhausted, Stop
 from extraction.ledger import Ledger, decode_answers, encode_answers
 from extraction.victims import load_victim
@@ -121,6 +123,33 @@ def test_probabilities_keep_their_value_in_16_bits():
     assert found[50].tolist()[:3] == [0.0, 1.0, 0.0]
     rows = encode_answers(found, "probs")
     assert torch.equal(decode_answers(rows, "probs"), found)  # a fixed point: re-encoding changes nothing
+
+
+def test_the_tool_counts_verifies_exports_and_merges(tmp_path, clips, capsys):
+    first, second = tmp_path / "a.sqlite", tmp_path / "b.sqlite"
+    open_ledger(first).query(clips[:3], KEYS[:3])
+    open_ledger(second).query(clips[2:], KEYS[2:])
+    assert ledger_module.merge(str(first), str(second)) == 2
+    assert ledger_module.count(str(first)) == 5
+    ledger_module.verify(str(first))
+    ledger_module.show(str(first), limit=2)
+    assert "6 queries paid" in capsys.readouterr().out  # one view was bought twice, once into each
+    ledger_module.export(str(first), str(tmp_path / "a.npz"))
+    with np.load(tmp_path / "a.npz") as file:
+        assert file["keys"].tolist() == [key.hex() for key in KEYS]
+        expected = load_victim("demo_swin").query(clips)
+        np.testing.assert_allclose(file["answers"], expected.numpy(), rtol=3e-4, atol=1e-6)
+    database = sqlite3.connect(first)
+    with database:
+        database.execute("UPDATE answers SET answer = substr(answer, 2) WHERE id = 1")
+        database.execute("UPDATE about SET value = '4' WHERE name = 'num_queries'")
+    with pytest.raises(Stop, match=r"1 answers of another length than 24 bytes; 5 answers but only 4 paid"):
+        ledger_module.verify(str(first))
+    open_ledger(tmp_path / "labels.sqlite", "label").query(clips, KEYS)
+    with pytest.raises(Stop, match="differ in answers: probs and label"):
+        ledger_module.merge(str(second), str(tmp_path / "labels.sqlite"))
+    with pytest.raises(Stop, match="not found"):
+        ledger_module.count(str(tmp_path / "none.sqlite"))
 
 
 @pytest.mark.slow

@@ -175,14 +175,18 @@ def test_equals_mmaction2(tmp_path, num_frames, size):
         "mmaction.models", reason="mmaction2 is not installed (pip install -r requirements-test.txt)"
     )
     torch.manual_seed(0)
-    backbone = recognizer.SwinTransformer3D("tiny", pretrained=None, pretrained2d=False, window_size=(8, 7, 7)).eval()
-    head = recognizer.I3DHead(num_classes=400, in_channels=768, spatial_type="avg").eval()
+    backbone = recognizer.SwinTransformer3D(
+        "tiny", pretrained=None, pretrained2d=False, window_size=(8, 7, 7), drop_path_rate=0.0
+    )
+    head = recognizer.I3DHead(num_classes=400, in_channels=768, spatial_type="avg")
     for parameter in [*backbone.parameters(), *head.parameters()]:
         torch.nn.init.normal_(parameter, std=0.05)
     state = {f"backbone.{k}": v for k, v in backbone.state_dict().items()}
     state |= {f"cls_head.{k}": v for k, v in head.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "swin.pth")
     clips = torch.rand(1, 3, num_frames, size, size)
+    backbone.eval()
+    head.eval()
     with torch.no_grad():
         expected = head(backbone(clips))
         found = load_model("swin_t_k400", tmp_path / "swin.pth").model.net(clips)

@@ -50,6 +50,10 @@ class TinyR2Plus1D(nn.Module):
             ]
             width_in = width
         self.stages = nn.Sequential(*stages)
+        # The first filters over time start without a mean, so that what stands still is not seen. Otherwise the
+        # background drowns the motion, and a student that learns from soft answers stays at chance for many epochs.
+        first = self.stages[3].weight
+        first.data -= first.data.mean(2, keepdim=True)
         self.fc = nn.Linear(width_in, num_classes)
 
     def forward(self, clips: Tensor) -> Tensor:

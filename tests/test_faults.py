@@ -1,0 +1,108 @@
+"""Scripts killed at random moments end as if nothing had happened: the same bits, the same bill.
+
+By hand: `python -m pytest tests/test_faults.py --kills 100 --whole-demo`.
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from extraction import ledger
+from extraction.weights import read_checkpoint
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ["grey_box/swin_to_r21_kd.py"]  # a later script joins by one line
+
+
+def small_demo(demo_set: Path) -> list[str]:
+    flags = ["--own", demo_set / "train_5per", "--val", demo_set / "val", "--epochs", 8]
+    return [str(flag) for flag in [*flags, "--unrelated", demo_set / "unrelated_a", demo_set / "unrelated_b"]]
+
+
+def start(script: str, out_dir: Path, flags: list[str]) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / script), "--demo", "--device", "cpu", "--out-dir", str(out_dir), *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run_to_the_end(script: str, out_dir: Path, flags: list[str]) -> str:
+    process = start(script, out_dir, flags)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output[-2000:]
+    return output
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_random_kills_change_nothing(script, tmp_path, demo_set, request):
+    kills, whole = request.config.getoption("--kills"), request.config.getoption("--whole-demo")
+    flags = ["--checkpoint-seconds", "0.3"] + ([] if whole else small_demo(demo_set))
+    begin = time.monotonic()
+    run_to_the_end(script, tmp_path / "undisturbed", flags)
+    seconds = time.monotonic() - begin
+    looping = json.loads((tmp_path / "undisturbed" / "results.json").read_text())["seconds"]
+    chance = random.Random(0)
+    done = 0
+    while done < kills:
+        process = start(script, tmp_path / "killed", flags)
+        # From before it has begun to well into the loop; spread so that the last kill still finds it running.
+        try:
+            process.wait(chance.uniform(0.3, seconds - looping + 1.5 * looping / kills))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            done += 1
+            check_nothing_is_torn(tmp_path / "killed")
+        else:
+            output = process.communicate()[0]
+            assert process.returncode == 0, output[-2000:]
+            break
+    run_to_the_end(script, tmp_path / "killed", flags)
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("undisturbed", "killed")]
+    students = [(tmp_path / name / "student.safetensors").read_bytes() for name in ("undisturbed", "killed")]
+    print(f"{script}: {done} kills, {results[1]['num_queries']} queries, undisturbed in {seconds:.0f} s")
+    assert done >= kills / 2
+    assert students[0] == students[1]
+    assert results[0]["num_queries"] == results[1]["num_queries"]
+    assert results[0]["history"] == results[1]["history"]
+    rows = ledger.count(str(tmp_path / "killed" / "ledger.sqlite"))
+    assert rows == results[1]["num_queries"]  # each paid answer is a view of its own: none was paid twice
+    ledger.verify(str(tmp_path / "killed" / "ledger.sqlite"))
+
+
+def check_nothing_is_torn(folder: Path) -> None:
+    if (folder / "state.pt").exists():
+        read_checkpoint(folder / "state.pt")
+    for name in ("config.json", "results.json"):
+        if (folder / name).exists():
+            json.loads((folder / name).read_text())
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(tmp_path, demo_set):
+    flags = small_demo(demo_set)
+    process = start(SCRIPTS[0], tmp_path / "run", flags)
+    while not (tmp_path / "run" / "clips.png").exists():  # the first batch is through
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to continue" in output.strip().splitlines()[-1]
+    assert "Traceback" not in output
+    assert "resuming" in run_to_the_end(SCRIPTS[0], tmp_path / "run", flags)
+
+
+def test_without_data_a_script_stops_at_once_with_one_line(tmp_path):
+    begin = time.monotonic()
+    command = [sys.executable, str(ROOT / SCRIPTS[0])]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert len(process.stderr.strip().splitlines()) == 1
+    assert "datasets/kinetics400_5per" in process.stderr
+    assert "--demo" in process.stderr
+    assert time.monotonic() - begin < 10  # 3 seconds on a machine with nothing else to do
