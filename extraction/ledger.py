@@ -218,9 +218,8 @@ def count(ledger: str, /) -> int:
     """Say which victim a ledger's answers are from, and how many there are."""
     database, about = _open_existing(ledger)
     rows = database.execute("SELECT count(*) FROM answers").fetchone()[0]
-    print(
-        f"{rows} answers ({about['answers']}) of {about['victim']} ({about['fingerprint']}), {about['num_queries']} queries paid"
-    )
+    victim = f"{about['victim']} ({about['fingerprint']})"
+    print(f"{rows} answers ({about['answers']}) of {victim}, {about['num_queries']} queries paid")
     return rows
 
 

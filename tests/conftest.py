@@ -23,3 +23,4 @@ def demo_set(tmp_path_factory) -> Path:
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often the fault harness kills each script")
     parser.addoption("--whole-demo", action="store_true", help="the fault harness runs the scripts' whole --demo")
+    parser.addoption("--mutations", type=int, default=200, help="how many damaged videos the decoder is fed")

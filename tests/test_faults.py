@@ -5,6 +5,7 @@ By hand: `python -m pytest tests/test_faults.py --kills 100 --whole-demo`.
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ SCRIPTS = ["grey_box/swin_to_r21_kd.py"]  # a later script joins by one line
 
 
 def small_demo(demo_set: Path) -> list[str]:
-    flags = ["--own", demo_set / "train_5per", "--val", demo_set / "val", "--epochs", 8]
+    flags = ["--own", demo_set / "train_5per", "--val", demo_set / "val", "--epochs", 5]
     return [str(flag) for flag in [*flags, "--unrelated", demo_set / "unrelated_a", demo_set / "unrelated_b"]]
 
 
@@ -106,3 +107,31 @@ def test_without_data_a_script_stops_at_once_with_one_line(tmp_path):
     assert "datasets/kinetics400_5per" in process.stderr
     assert "--demo" in process.stderr
     assert time.monotonic() - begin < 10  # 3 seconds on a machine with nothing else to do
+
+
+def test_a_full_disk_stops_with_one_line_and_goes_on_from_the_checkpoint_before(tmp_path, demo_set):
+    def no_room() -> None:  # files may not grow beyond half a checkpoint
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+
+    flags = [*small_demo(demo_set), "--checkpoint-seconds", "0.2"]
+    run_to_the_end(SCRIPTS[0], tmp_path / "undisturbed", flags)
+    process = start(SCRIPTS[0], tmp_path / "run", flags)
+    state = tmp_path / "run" / "state.pt"
+    while not state.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    before = state.read_bytes()
+    command = [sys.executable, str(ROOT / SCRIPTS[0]), "--demo", "--device", "cpu", "--out-dir", str(tmp_path / "run"), *flags]
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=no_room)
+    assert failed.returncode == 1, failed.stderr
+    assert re.search(r"cannot write .*state.pt: .*; make room", failed.stderr.strip().splitlines()[-1])
+    assert "Traceback" not in failed.stderr
+    assert state.read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.partial"))
+    run_to_the_end(SCRIPTS[0], tmp_path / "run", flags)
+    students = [(tmp_path / name / "student.safetensors").read_bytes() for name in ("undisturbed", "run")]
+    assert students[0] == students[1]
