@@ -136,7 +136,7 @@ def distill(
     unread: list[Tensor] = []
     student.train()
     mean_loss = sum(recent) / len(recent) if recent else math.nan
-    with run.interruptible():
+    with run.interruptible(), bar:
         for number, batch in enumerate(loader, first):
             epoch = number // order.per_epoch
             clips.broken.extend((clips.windows[i].path, reason) for i, reason in batch.broken)
@@ -199,9 +199,7 @@ def distill(
             if pause:
                 save(number + 1)
             if run.stop_asked:
-                bar.close()
                 raise KeyboardInterrupt(f"saved in {run.folder}; run the same command again to continue")
-    bar.close()
     return history, stopped
 
 

@@ -11,7 +11,7 @@ bit for bit.
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,11 @@ class Ledger:
         if self._victim is None:
             raise Stop(f"{len(new)} views are not in {self.path}, and the victim's weights are not here to ask")
         chosen = clips if len(new) == len(clips) else clips[list(new.values())]
-        rows = dict(zip(new, encode_answers(self._victim.query(chosen), self.answers), strict=True))
+        return self._keep(new, self._victim.query(chosen))
+
+    def _keep(self, keys: Iterable[bytes], answers: Tensor) -> dict[bytes, bytes]:
+        """Write new answers and their bill in one transaction."""
+        rows = dict(zip(keys, encode_answers(answers, self.answers), strict=True))
         try:
             with self._database:
                 self._database.executemany("INSERT INTO answers (key, answer) VALUES (?, ?)", rows.items())

@@ -258,6 +258,7 @@ def load_batches(dataset: Dataset, batches: Sequence[Sequence[int]], num_workers
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=_start_worker,
+        timeout=600 if num_workers else 0,  # a worker that lost its shared memory would otherwise be waited for for ever
     )
 
 
