@@ -3,7 +3,8 @@
     python train_victim.py --data datasets/my_videos --out-dir runs/my_victim
     python grey_box/swin_to_r21_kd.py --victim trained --victim-weights runs/my_victim/victim.safetensors ...
 
-The demo's victim, `extraction/victims/demo_swin.safetensors`, was made by `python train_victim.py --demo`.
+The demo's victims, `extraction/victims/demo_*.safetensors`, were made by `python train_victim.py --demo` and
+`python train_victim.py --demo --architecture movinet_demo --out-dir runs/train_victim_movinet_demo`.
 """
 
 from dataclasses import dataclass
@@ -17,10 +18,9 @@ from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, list_classes, require_folder
 from extraction.distill import distill
 from extraction.evaluation import Referee
-from extraction.preprocess import Preprocessed
 from extraction.report import draw_curve, percent
 from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
-from extraction.victims import swin
+from extraction.victims import create_network, swin
 from extraction.weights import save_weights
 
 
@@ -34,7 +34,7 @@ class Config:
     """Held-out labelled videos; by default those of --data."""
     val_list: str | None = None
     architecture: str = "swin_demo"
-    """One of swin_demo, swin_t, swin_s, swin_b."""
+    """One of swin_demo, swin_t, swin_s, swin_b, movinet_demo."""
     num_frames: int = 16
     stride: int = 1
     step: int = 8
@@ -76,8 +76,7 @@ def main(config: Config) -> dict:
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
     clips = Clips(find_videos(root, classes, "train", config.data_list), step=config.step, **shape)
     val = Clips(find_videos(config.val or root, classes, "val", config.val_list), views=(1, 1), **shape)
-    net = swin.create_swin(config.architecture, len(classes))
-    model = Preprocessed(net, config.num_frames, config.size, swin.MEAN, swin.STD).to(device)
+    model = create_network(config.architecture, len(classes), config.num_frames, config.size).to(device)
     referee = Referee(val, classes, device, config.batch_size, config.num_workers)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
     steps = config.epochs * -(-len(clips) // config.batch_size)
@@ -99,7 +98,8 @@ def main(config: Config) -> dict:
         num_workers=config.num_workers,
     )
     about = dict(architecture=config.architecture, classes=classes, num_frames=config.num_frames, size=config.size)
-    learned = {key: value for key, value in net.state_dict().items() if key not in swin.derived_buffers(net)}
+    derived = swin.derived_buffers(model.net)
+    learned = {key: value for key, value in model.net.state_dict().items() if key not in derived}
     save_weights(run.folder / "victim.safetensors", learned, about)
     draw_curve(run.folder / "curve.png", history, None, 1 / len(classes), "train_victim")
     last = {name: history[-1][name] for name in ("top1", "top5", "loss")}

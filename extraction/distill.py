@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from extraction.data.augment import Augmentation, create_views, view_key
+from extraction.data.augment import Augmentation, augment, create_views, view_key
 from extraction.data.clips import Clips, load_batches
 from extraction.errors import Stop
 from extraction.ledger import Ledger
@@ -78,6 +78,7 @@ def distill(
     batch_size: int,
     label_weight: float = 0.0,
     augmentation: Augmentation,
+    student_augmentation: Augmentation | None = None,
     views_per_clip: int | None = None,
     max_grad_norm: float | None = None,
     seed: int = 0,
@@ -86,6 +87,7 @@ def distill(
     """Train `student` on the victim's answers to views of `clips`, and on true labels where clips have them.
 
     Each epoch shows every clip once, as a new view; with `views_per_clip` the views come round again, free of charge.
+    `student_augmentation` is put on top for the student alone, new each time: it costs nothing.
     `schedule` steps each batch; a plateau schedule is given the mean loss of the last 100 batches. `evaluate` scores the
     student after each epoch. `clips.png` in the run's folder shows the first batch as the victim saw it. `victim=None`
     trains on the labels alone.
@@ -159,7 +161,11 @@ def distill(
                         if number == 0:
                             sources = [clips.windows[i].path.parent.name for i in batch.indices]
                             draw_queries(run.folder / "clips.png", views, targets, sources, victim.classes)
-                    loss = distillation_loss(student(views), targets, labels, label_weight)
+                    shown = views
+                    if student_augmentation is not None and any(student_augmentation):
+                        own_keys = [key + number.to_bytes(8, "little") for key in keys[:affordable]]
+                        shown = augment(views, own_keys, student_augmentation)
+                    loss = distillation_loss(student(shown), targets, labels, label_weight)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     if max_grad_norm is not None:

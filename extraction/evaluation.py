@@ -96,12 +96,30 @@ def _hits(best: Tensor, wanted: Tensor) -> float:
     return (best == wanted[:, None]).any(1).float().mean().item()
 
 
+def check_victim(scores: dict[str, float], num_classes: int, min_victim_top1: float | None = None) -> None:
+    """The preflight: raise Stop when a victim's `scores` on held-out clips are near chance, before a query is paid.
+
+    `min_victim_top1` is the least top-1 that passes, a fraction; None: three times chance, 0: anything. With fewer than
+    five classes three times chance is near or above 1, so there it is half-way from chance to perfect.
+    """
+    chance = 1 / num_classes
+    needed = min(3 * chance, (1 + chance) / 2) if min_victim_top1 is None else min_victim_top1
+    if scores["top1"] < needed:
+        raise Stop(
+            f"the victim names {100 * scores['top1']:.1f} % of the held-out clips right, {100 * needed:.1f} % is the least and "
+            f"{100 * chance:.1f} % chance: wrong weights, wrong class order, wrong preprocessing or labels of something else; "
+            "nothing was paid (min_victim_top1 lowers the least, 0 switches this check off)"
+        )
+
+
 class Referee:
     """Judges students on held-out clips, beside the victim's own answers to them.
 
     The victim's answers here are the referee's, not the attacker's: unmetered, asked once before the attack, kept in the
     ledger's separate table, never trained on. `open_model` loads the bare victim when they are not kept yet.
     Without a ledger there is no victim to agree with.
+
+    With at least 20 held-out videos a victim near chance raises Stop: see `check_victim` for `min_victim_top1`.
     """
 
     def __init__(
@@ -113,6 +131,7 @@ class Referee:
         num_workers: int,
         ledger: Ledger | None = None,
         open_model: Callable[[], Callable[[Tensor], Tensor]] | None = None,
+        min_victim_top1: float | None = None,
     ):
         self.clips, self.classes, self.broken = clips, classes, list(clips.broken)
         self._options = dict(device=device, batch_size=batch_size, num_workers=num_workers)
@@ -127,6 +146,8 @@ class Referee:
 
             self.victim_probs = ledger.referee_answers(video_keys(clips), compute)
             self.victim_scores = score(self.victim_probs, labels)
+            if clips.num_videos >= 20:  # fewer say too little
+                check_victim(self.victim_scores, len(classes), min_victim_top1)
 
     def score(self, student: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """`top1`, `top5` and, with a victim, `agreement_at_1`, `agreement_at_5` of a student in evaluation mode."""

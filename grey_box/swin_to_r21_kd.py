@@ -45,6 +45,8 @@ class Config:
     val: str = "datasets/kinetics400_val"
     """Held-out labelled videos that score the student."""
     val_list: str | None = None
+    min_victim_top1: float | None = None
+    """Pay nothing unless the victim is at least so good on --val; by default three times chance, 0 switches it off."""
     num_frames: int = 32
     stride: int = 1
     step: int = 32
@@ -62,6 +64,9 @@ class Config:
     hflip: float = 0.5
     brightness: float = 0.1
     rotation: float = 15.0
+    student_brightness: float = 0.0
+    """Further jitter of what the student alone sees: it costs no query."""
+    student_rotation: float = 0.0
     seed: int = 0
     device: str = "auto"
     num_workers: int = 8
@@ -105,8 +110,9 @@ def main(config: Config) -> dict:
     clips = own.joined(*unrelated)
     val = Clips(find_videos(config.val, victim.classes, "val", config.val_list), views=(1, 1), **shape)
     referee = Referee(
-        val, victim.classes, device, config.batch_size, config.num_workers, victim, lambda: load_model(*which, device)
-    )
+        val, victim.classes, device, config.batch_size, config.num_workers, victim, lambda: load_model(*which, device),
+        config.min_victim_top1,
+    )  # fmt: skip
     set_seed(config.seed)
     student = create_student(config.student, victim.num_classes, config.student_weights).to(device)
     optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr))
@@ -115,6 +121,7 @@ def main(config: Config) -> dict:
         run, student, victim, clips, optimizer, schedule, referee.score,
         epochs=config.epochs, batch_size=config.batch_size, label_weight=config.label_weight,
         augmentation=Augmentation(config.hflip, config.brightness, config.rotation),
+        student_augmentation=Augmentation(0.0, config.student_brightness, config.student_rotation),
         views_per_clip=config.views_per_clip, seed=config.seed, num_workers=config.num_workers,
     )  # fmt: skip
     return finish(run, student, victim, referee, history, stopped, clips.broken)

@@ -29,23 +29,27 @@ def view_key(seed: int, clip_key: str, view: int, augmentation: Augmentation) ->
 
 def create_views(clips: Tensor, keys: Sequence[bytes], augmentation: Augmentation) -> Tensor:
     """Turn uint8 (B, T, H, W, C) clips into the views that `keys` name: float (B, C, T, H, W) in [0, 1], same device."""
+    return augment(clips.permute(0, 4, 1, 2, 3).float().div_(255.0), keys, augmentation)
+
+
+def augment(views: Tensor, keys: Sequence[bytes], augmentation: Augmentation) -> Tensor:
+    """Augment float (B, C, T, H, W) clips in [0, 1], each as its key draws."""
     draws = [np.frombuffer(hashlib.blake2b(key, digest_size=24).digest(), np.uint64) for key in keys]
     uniform = (np.stack(draws) >> np.uint64(11)).astype(np.float64) / 2.0**53
     flip = np.where(uniform[:, 0] < augmentation.hflip, -1.0, 1.0)
     factor = 1.0 + augmentation.brightness * (2.0 * uniform[:, 1] - 1.0)
     angle = math.radians(augmentation.rotation) * (2.0 * uniform[:, 2] - 1.0)
-    views = clips.permute(0, 4, 1, 2, 3).float().div_(255.0)
     if augmentation.rotation:
         height, width = views.shape[3:]
         cos, sin, aspect, zero = np.cos(angle), np.sin(angle), height / width, np.zeros_like(angle)
         rows = [[cos * flip, -sin * aspect * flip, zero], [sin / aspect, cos, zero]]
-        matrix = torch.tensor(np.array(rows).transpose(2, 0, 1), dtype=torch.float32, device=clips.device)
+        matrix = torch.tensor(np.array(rows).transpose(2, 0, 1), dtype=torch.float32, device=views.device)
         flat = views.flatten(1, 2)  # one grid for all the frames of a clip
         grid = F.affine_grid(matrix, list(flat.shape), align_corners=False)
         views = F.grid_sample(flat, grid, mode="bilinear", padding_mode="zeros", align_corners=False).view_as(views)
     elif augmentation.hflip:
-        flipped = torch.tensor(flip < 0, device=clips.device)[:, None, None, None, None]
+        flipped = torch.tensor(flip < 0, device=views.device)[:, None, None, None, None]
         views = torch.where(flipped, views.flip(4), views)
     if augmentation.brightness:
-        views = views * torch.tensor(factor, dtype=torch.float32, device=clips.device)[:, None, None, None, None]
+        views = views * torch.tensor(factor, dtype=torch.float32, device=views.device)[:, None, None, None, None]
     return views.clamp_(0.0, 1.0)

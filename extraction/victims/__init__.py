@@ -4,7 +4,9 @@
 scoring a victim against labels; no training code calls it.
 """
 
+import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -13,10 +15,12 @@ from torch import Tensor, nn
 
 from extraction.errors import BudgetExhausted, Stop
 from extraction.preprocess import Preprocessed
-from extraction.weights import fingerprint, read_metadata, read_state
+from extraction.weights import fingerprint, load_strictly, read_metadata, read_state
 
 ANSWERS = ("logits", "probs", "top5", "label")
 _PACKAGE = Path(__file__).parent
+_MOVINET_URL = "https://storage.googleapis.com/tf_model_garden/vision/movinet"
+_TFHUB_URL = "https://tfhub.dev/tensorflow/movinet"
 _SWIN_URL = "https://github.com/SwinTransformer/storage/releases/download/v1.0.4"
 
 
@@ -41,8 +45,13 @@ def _kinetics400_classes() -> list[str]:
     return list(Swin3D_T_Weights.KINETICS400_V1.meta["categories"])
 
 
+def _kinetics600_classes() -> list[str]:
+    """Alphabetical: the order of the published MoViNets, of their authors' label file and of I3D's Kinetics-600 models."""
+    return (_PACKAGE / "k600_classes.txt").read_text().splitlines()
+
+
 # The classes of published victims, in the order of their logits.
-KNOWN_CLASSES: dict[str, Callable[[], list[str]]] = {"k400": _kinetics400_classes}
+KNOWN_CLASSES: dict[str, Callable[[], list[str]]] = {"k400": _kinetics400_classes, "k600": _kinetics600_classes}
 
 
 def _load_swin(architecture: str, weights: Path) -> tuple[Preprocessed, list[str]]:
@@ -58,16 +67,75 @@ def _load_swin(architecture: str, weights: Path) -> tuple[Preprocessed, list[str
     return Preprocessed(net, 32, 224, swin.MEAN, swin.STD), classes
 
 
+def create_network(architecture: str, num_classes: int, num_frames: int, size: int) -> Preprocessed:
+    """A victim's network with fresh weights and its preprocessing, for `train_victim.py` and for loading what it made.
+
+    Raises Stop for an architecture that is not one of `swin.ARCHITECTURES` or movinet_demo.
+    """
+    from extraction.victims import movinet, swin
+
+    if architecture == "movinet_demo":
+        # The authors' regularisation and slow statistics are for long trainings; the demo's has a few hundred steps.
+        net = movinet.MoViNet("demo", num_classes, dropout=0.0, stochastic_depth=0.0, norm_momentum=0.1)
+        return Preprocessed(net, num_frames, size)
+    if architecture not in swin.ARCHITECTURES:
+        raise Stop(f"no architecture is called {architecture!r}; there are {', '.join(swin.ARCHITECTURES)}, movinet_demo")
+    return Preprocessed(swin.create_swin(architecture, num_classes), num_frames, size, swin.MEAN, swin.STD)
+
+
 def _load_trained(weights: Path) -> tuple[Preprocessed, list[str]]:
     """A victim made by `train_victim.py`: its file says which architecture, classes and clip it has."""
-    from extraction.victims import swin
+    from extraction.victims import movinet, swin
 
     about = read_metadata(weights)
     if "classes" not in about or "architecture" not in about:
         raise Stop(f"{weights}: not a victim made by train_victim.py (no class names inside); pass --victim by its own name")
-    net = swin.create_swin(about["architecture"], len(about["classes"]))
-    swin.load_state(net, read_state(weights), weights, about["architecture"])
-    return Preprocessed(net, about["num_frames"], about["size"], swin.MEAN, swin.STD), about["classes"]
+    model = create_network(about["architecture"], len(about["classes"]), about["num_frames"], about["size"])
+    swin.load_state(model.net, read_state(weights), weights, about["architecture"])
+    if isinstance(model.net, movinet.MoViNet):
+        model.net = model.net.fuse()
+    return model, about["classes"]
+
+
+def _load_movinet(model_id: str, size: int, weights: Path) -> tuple[Preprocessed, list[str]]:
+    from extraction.victims import movinet
+
+    state, classes = movinet.load_movinet_state(weights, model_id), _kinetics600_classes()
+    found = len(state["classifier.weight"])
+    if found != len(classes):
+        raise Stop(f"{weights}: the head has {found} classes, movinet_{model_id}_k600 has {len(classes)}")
+    net = movinet.MoViNet(model_id, len(classes))
+    net.load_state_dict(state)
+    return Preprocessed(net.fuse(), 50, size), classes
+
+
+def _load_tfhub(size: int, weights: Path) -> tuple[Preprocessed, list[str]]:
+    from extraction.victims import tfhub
+
+    classes = _kinetics600_classes()
+    return Preprocessed(tfhub.SavedModel(weights, len(classes)), 50, size), classes
+
+
+def _load_torchvision(name: str, weights: Path) -> tuple[Preprocessed, list[str]]:
+    """One of torchvision's video models, with the normalisation and classes of its published weights."""
+    from torchvision import models
+
+    names = models.list_models(module=models.video)
+    if name not in names:
+        raise Stop(f"torchvision has no video model {name!r}; there are {', '.join(names)}")
+    published = models.get_model_weights(name).DEFAULT
+    shown, classes = published.transforms(), list(published.meta["categories"])
+    net = models.get_model(name, weights=None, num_classes=len(classes))
+    load_strictly(net, read_state(weights), weights, f"torchvision's {name}")
+    # torchvision's documentation alone says how long the clips of the training were.
+    num_frames = 128 if name == "s3d" else 32 if name.startswith("swin3d") else 16
+    return Preprocessed(net, num_frames, shown.crop_size[0], shown.mean, shown.std), classes
+
+
+def _load_mmaction(config: str, weights: Path) -> tuple[Preprocessed, list[str]]:
+    from extraction.victims import mmaction
+
+    return mmaction.load_recognizer(config, weights)
 
 
 def _published_swin(size: str) -> tuple[Callable, Path, str]:
@@ -75,37 +143,82 @@ def _published_swin(size: str) -> tuple[Callable, Path, str]:
     return lambda path: _load_swin(f"swin_{size[0]}", path), Path("weights") / name, f"{_SWIN_URL}/{name}"
 
 
+# What the published MoViNets were trained on: 50 frames of so many pixels a side.
+_MOVINETS = {"movinet_a0_k600": 172, "movinet_a1_k600": 172, "movinet_a2_k600": 224}
+
+
+def _published_movinet(model_id: str, size: int) -> tuple[Callable, Path, str]:
+    source = f"{_MOVINET_URL}/movinet_{model_id}_base.tar.gz (unpacked)"
+    return partial(_load_movinet, model_id, size), Path("weights") / f"movinet_{model_id}_base", source
+
+
 # name -> (loader of a weight file, its usual place, where it comes from)
 VICTIMS: dict[str, tuple[Callable, Path | None, str]] = {
     "swin_t_k400": _published_swin("tiny"),
     "swin_s_k400": _published_swin("small"),
     "swin_b_k400": _published_swin("base"),
+    **{name: _published_movinet(name[8:10], size) for name, size in _MOVINETS.items()},
+    "movinet_a2_k600_tfhub": (
+        partial(_load_tfhub, 224),
+        Path("weights/movinet_a2_base_kinetics-600_classification_3"),
+        f"{_TFHUB_URL}/a2/base/kinetics-600/classification/3 (unpacked)",
+    ),
     "demo_swin": (_load_trained, _PACKAGE / "demo_swin.safetensors", "train_victim.py --demo"),
+    "demo_movinet": (
+        _load_trained,
+        _PACKAGE / "demo_movinet.safetensors",
+        "train_victim.py --demo --architecture movinet_demo",
+    ),
     "trained": (_load_trained, None, "train_victim.py"),
 }
 
 
+# Families of victims, named `family:member` -> (loader of a member's weight file, where those come from)
+FAMILIES: dict[str, tuple[Callable, str]] = {
+    "torchvision": (_load_torchvision, "torchvision's weights of that model"),
+    "mmaction2": (_load_mmaction, "the checkpoint that belongs to that config file"),
+}
+
+
+def _find_victim(name: str) -> tuple[Callable, Path | None, str]:
+    family, _, member = name.partition(":")
+    if member and family in FAMILIES:
+        load, source = FAMILIES[family]
+        return partial(load, member), None, source
+    if name not in VICTIMS:
+        known = [*VICTIMS, "torchvision:<name>", "mmaction2:<config file>"]
+        raise Stop(f"no victim is called {name!r}; there are {', '.join(known)}")
+    return VICTIMS[name]
+
+
 def find_weights(name: str, weights: str | Path | None = None) -> Path:
-    """The weight file of a victim: `weights`, or its usual place.
+    """The weight file (or folder) of a victim: `weights`, or its usual place.
 
     Raises Stop when there is no victim of that name, or no file: the line says which path and where to get it.
     """
-    if name not in VICTIMS:
-        raise Stop(f"no victim is called {name!r}; there are {', '.join(VICTIMS)}")
-    _, usual, source = VICTIMS[name]
+    _, usual, source = _find_victim(name)
+    if name.endswith("_tfhub") and "://" in str(weights):
+        from extraction.victims import tfhub
+
+        return tfhub.download(str(weights))
     path = Path(weights) if weights else usual
     if path is None:
-        raise Stop(f"victim {name!r} needs --victim-weights (made by {source})")
+        raise Stop(f"victim {name!r} needs --victim-weights: a file from {source}")
     if not path.exists():
-        raise Stop(f"victim weights {path} not found: {name} from {source} belongs there; or try --demo")
+        instead = "" if name.startswith("demo_") else "; or try --demo"
+        raise Stop(f"victim weights {path} not found: {name} from {source} belongs there{instead}")
     return path
 
 
 def load_model(name: str, weights: str | Path | None = None, device: str | torch.device = "cpu") -> VictimModel:
     """The bare victim, for the referee alone: unmetered, in evaluation mode, without gradients."""
     path = find_weights(name, weights)
-    model, classes = VICTIMS[name][0](path)
-    return VictimModel(model, classes, name, fingerprint(path)).to(device)
+    model, classes = _find_victim(name)[0](path)
+    mark = fingerprint(path)
+    if ":" in name:  # here more than the weights makes the answers, and it can be edited
+        shown = [model.num_frames, model.size, model.mean.flatten().tolist(), model.std.flatten().tolist()]
+        mark += "-" + hashlib.blake2b(repr([classes, shown]).encode(), digest_size=4).hexdigest()
+    return VictimModel(model, classes, name, mark).to(device)
 
 
 _answerers: "WeakKeyDictionary[Victim, Callable[[Tensor], Tensor]]" = WeakKeyDictionary()
@@ -192,8 +305,8 @@ def load_victim(
 ) -> Victim:
     """Open a victim's door.
 
-    `name` is one of `VICTIMS`, `answers` the surface it shows (`logits`, `probs`, `top5`, `label`), `query_budget` the
-    clips it will answer at most, `decimals` rounds what it shows, and `num_queries` is what an earlier life of the run
-    has spent already. Raises Stop when the weights are missing or not this victim's.
+    `name` is one of `VICTIMS` or `family:member` of `FAMILIES`, `answers` the surface it shows (`logits`, `probs`,
+    `top5`, `label`), `query_budget` the clips it will answer at most, `decimals` rounds what it shows, and `num_queries`
+    is what an earlier life of the run has spent already. Raises Stop when the weights are missing or not this victim's.
     """
     return Victim(load_model(name, weights, device), answers, query_budget, decimals, num_queries)

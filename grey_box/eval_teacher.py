@@ -1,0 +1,127 @@
+"""Score a victim itself on labelled videos: what it knows bounds what can be stolen, and shows that it is set up right.
+
+    python grey_box/eval_teacher.py --victim swin --data datasets/kinetics400_val
+    python grey_box/eval_teacher.py --victim movinet --data-list datasets/kinetics600_10per.csv --views 10x3
+
+Prints top-1, top-5 and clips per second, and writes a per-class table. A video is judged by the mean of the probabilities
+of its clips. Without `--data` it is the 10 % class-balanced validation set of the victim's own task. Nothing is metered:
+this is the referee's view, not an attacker's.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from extraction.data.clips import Clips, report_broken
+from extraction.data.demo import write_demo_set
+from extraction.data.folders import find_videos, require_folder
+from extraction.errors import Stop
+from extraction.evaluation import parse_views, predict_videos, score, write_class_table
+from extraction.report import percent
+from extraction.runs import check_at_least, choose_device, run_script
+from extraction.victims import find_weights, load_model
+
+SHORT_NAMES = {"swin": "swin_b_k400", "movinet": "movinet_a2_k600"}
+DEMO_NAMES = {"swin": "demo_swin", "movinet": "demo_movinet"}
+
+
+@dataclass(frozen=True)
+class Config:
+    victim: str = "swin"
+    """Any victim's name; swin and movinet are short for swin_b_k400 and movinet_a2_k600 (and for the demo's own)."""
+    victim_weights: str | None = None
+    """Weight file of the victim; by default its usual place under weights/."""
+    data: str | None = None
+    """Labelled videos in class folders; by default datasets/kinetics400_val, for k600 victims datasets/kinetics600_val."""
+    data_list: str | None = None
+    """Score only the videos of --data that this list names (a text file, or Kinetics' CSV)."""
+    views: str = "1x1"
+    """Clips x crops per video; published are 4x3 for Swin and 1x1 for MoViNet."""
+    num_frames: int | None = None
+    """Frames of a clip; by default what the victim was trained on, else 32."""
+    stride: int | None = None
+    """Every so many frames; by default as published: 5 for k600 victims (5 frames a second of 25), else 2."""
+    size: int | None = None
+    """Height and width of a clip; by default what the victim was trained on, else 224."""
+    batch_size: int = 16
+    device: str = "auto"
+    num_workers: int = 8
+    out_dir: str = "runs/eval_teacher"
+    """Where the per-class table goes, named after the victim."""
+    demo: bool = False
+    """Score a demo victim on the embedded demo set's held-out videos."""
+
+
+DEMO = dict(demo=True, data="datasets/demo", stride=1, num_workers=1, out_dir="runs/eval_teacher_demo")
+
+
+class Stopwatch:
+    """A model that adds up the clips it has seen and the seconds it took, its first batch (warming up) left out."""
+
+    def __init__(self, model, device: torch.device):
+        self.model, self.device = model, device
+        self.clips, self.seconds, self.first = 0, 0.0, None
+
+    def __call__(self, clips: Tensor) -> Tensor:
+        started = time.perf_counter()
+        logits = self.model(clips)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        took = time.perf_counter() - started
+        if self.first is None:
+            self.first = len(clips) / took
+        else:
+            self.clips, self.seconds = self.clips + len(clips), self.seconds + took
+        return logits
+
+    @property
+    def clips_per_second(self) -> float:
+        return self.clips / self.seconds if self.clips else self.first
+
+
+def main(config: Config) -> dict:
+    check_at_least(config, 1, "num_frames", "stride", "size", "batch_size")
+    check_at_least(config, 0, "num_workers")
+    name = (DEMO_NAMES if config.demo else SHORT_NAMES).get(config.victim, config.victim)
+    find_weights(name, config.victim_weights)
+    if config.demo:
+        write_demo_set("datasets/demo", {"val": 20})
+    k600 = "k600" in name
+    root = require_folder(
+        config.data or f"datasets/kinetics{600 if k600 else 400}_val", "labelled videos (10 % of a validation set, say)"
+    )
+    views, device = parse_views(config.views), choose_device(config.device)
+    victim = load_model(name, config.victim_weights, device)
+    clips = Clips(
+        find_videos(root, victim.classes, "val", config.data_list),
+        views=views,
+        num_frames=config.num_frames or victim.model.num_frames or 32,
+        stride=config.stride or (5 if k600 else 2),
+        size=config.size or victim.model.size or 224,
+    )
+    timed, started = Stopwatch(victim, device), time.perf_counter()
+    said = predict_videos(timed, clips, device, config.batch_size, config.num_workers)
+    seconds = time.perf_counter() - started
+    results = score(said.probs, said.labels) | {"clips_per_second": timed.clips_per_second}
+    table = Path(config.out_dir) / f"{Path(name.replace(':', '_')).stem}.classes.csv"
+    try:
+        table.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Stop(f"cannot make {table.parent}: {error.strerror}; choose another --out-dir") from None
+    write_class_table(table, said.probs, said.labels, victim.classes)
+    chance = 1 / len(victim.classes)
+    print(f"{name}: top-1 {percent(results['top1'])} %, top-5 {percent(results['top5'])} % (chance {percent(chance)} %)")
+    print(f"{clips.num_videos} videos of {root}, {config.views} views each; per class: {table}")
+    print(
+        f"{timed.clips_per_second:.1f} clips/s of {clips.num_frames}x{clips.size}x{clips.size} in the victim, "
+        f"{len(clips) / seconds:.1f} with decoding, on {device}"
+    )
+    report_broken(said.broken)
+    return results
+
+
+if __name__ == "__main__":
+    run_script(main, Config, DEMO)
