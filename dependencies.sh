@@ -11,13 +11,13 @@ else
   python=.venv/bin/python
   if [ ! -x "$python" ]; then
     base=""
-    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
-      if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    for candidate in python3 python3.13 python3.12 python3.11; do
+      if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         base=$candidate
         break
       fi
     done
-    [ -n "$base" ] || { echo "dependencies.sh: Python 3.10 or newer is needed; install it and run this again" >&2; exit 1; }
+    [ -n "$base" ] || { echo "dependencies.sh: Python 3.11 or newer is needed (PyTorch 2.15 and PyAV 18 have no wheels for older ones); install it and run this again" >&2; exit 1; }
     if ! "$base" -m venv .venv 2>/dev/null; then
       rm -rf .venv
       # Debian and Ubuntu split venv off.

@@ -20,7 +20,7 @@ from extraction.distill import distill
 from extraction.evaluation import Referee
 from extraction.report import draw_curve, percent
 from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
-from extraction.victims import create_network, swin
+from extraction.victims import create_network
 from extraction.weights import save_weights
 
 
@@ -98,6 +98,8 @@ def main(config: Config) -> dict:
         num_workers=config.num_workers,
     )
     about = dict(architecture=config.architecture, classes=classes, num_frames=config.num_frames, size=config.size)
+    from extraction.victims import swin  # here, because torchvision takes a second to import
+
     derived = swin.derived_buffers(model.net)
     learned = {key: value for key, value in model.net.state_dict().items() if key not in derived}
     save_weights(run.folder / "victim.safetensors", learned, about)

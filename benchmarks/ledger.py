@@ -45,7 +45,7 @@ def main() -> None:
         asked = (time.perf_counter() - begin) / STEPS
         begin = time.perf_counter()
         for step in range(STEPS):  # what the ledger adds to asking: looking up, encoding, one durable transaction
-            known = {key: i for i, key in enumerate(bytes([step, i, 1, 1]) * 4 for i in range(BATCH))}
+            known = {key: i for i, key in enumerate(bytes([step, i, 255, 255]) * 4 for i in range(BATCH))}
             ledger.find(list(known))
             ledger._keep(known, answers)
         kept = (time.perf_counter() - begin) / STEPS
