@@ -17,12 +17,10 @@ from extraction.data.clips import Clips
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, require_folder
 from extraction.distill import distill
-from extraction.evaluation import Referee
-from extraction.ledger import Ledger
 from extraction.report import finish, print_results
 from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
+from extraction.setting import open_setting
 from extraction.students import create_student
-from extraction.victims import load_model, load_victim
 
 
 @dataclass(frozen=True)
@@ -92,27 +90,19 @@ def main(config: Config) -> dict:
         write_demo_set("datasets/demo")
     device = choose_device(config.device)
     require_folder(config.own, "5 % of Kinetics-600's training set, in class folders,")
-    require_folder(config.val, "Kinetics-600's validation set (or 10 % of it), in class folders,")
     for folder in config.unrelated:
         require_folder(folder, "unrelated video (UCF101, HMDB51)")
     run = Run("movinet_to_r21", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return print_results(run.finished)
-    which = (config.victim, config.victim_weights)
-    victim = Ledger(
-        run.folder / "ledger.sqlite",
-        lambda spent: load_victim(*which, config.answers, config.query_budget, device, num_queries=spent),
-        config.answers,
-    )
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
-    own = Clips(find_videos(config.own, victim.classes, "train", config.own_list), step=config.step, **shape)
-    unrelated = [Clips(find_videos(folder, None), step=config.step, **shape) for folder in config.unrelated]
-    clips = own.joined(*unrelated)
-    val = Clips(find_videos(config.val, victim.classes, "val", config.val_list), views=(1, 1), **shape)
-    referee = Referee(
-        val, victim.classes, device, config.batch_size, config.num_workers, victim, lambda: load_model(*which, device),
-        config.min_victim_top1,
+    victim, referee = open_setting(
+        run, device, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
+        query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
+        batch_size=config.batch_size, num_workers=config.num_workers, **shape,
     )  # fmt: skip
+    clips = Clips(find_videos(config.own, victim.classes, "train", config.own_list), step=config.step, **shape)
+    clips = clips.joined(*(Clips(find_videos(folder, None), step=config.step, **shape) for folder in config.unrelated))
     set_seed(config.seed)
     student = create_student(config.student, victim.num_classes, config.student_weights).to(device)
     optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr))
