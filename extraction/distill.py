@@ -2,14 +2,15 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from extraction.data.augment import Augmentation, augment, create_views, view_key
+from extraction.data.augment import create_views, view_key
 from extraction.data.clips import Clips, load_batches
 from extraction.errors import Stop
 from extraction.ledger import Ledger
@@ -77,8 +78,9 @@ def distill(
     epochs: int,
     batch_size: int,
     label_weight: float = 0.0,
-    augmentation: Augmentation,
-    student_augmentation: Augmentation | None = None,
+    augmentation: NamedTuple,
+    make_views: Callable[[Tensor, Sequence[bytes], NamedTuple], Tensor] = create_views,
+    craft: Callable[[Preprocessed, Tensor, Tensor, Sequence[bytes]], tuple[Tensor, list[bytes]]] | None = None,
     views_per_clip: int | None = None,
     max_grad_norm: float | None = None,
     seed: int = 0,
@@ -87,7 +89,9 @@ def distill(
     """Train `student` on the victim's answers to views of `clips`, and on true labels where clips have them.
 
     Each epoch shows every clip once, as a new view; with `views_per_clip` the views come round again, free of charge.
-    `student_augmentation` is put on top for the student alone, new each time: it costs nothing.
+    `make_views` turns what the loader gives into the clips that are sent, as `augmentation` and a view's key say.
+    `craft(student, views, targets, keys)` makes further clips, and keys that name them, out of a batch that was answered
+    (`keys` name the batch in this step); each is asked about too, one query a clip, and trained on beside the batch.
     `schedule` steps each batch; a plateau schedule is given the mean loss of the last 100 batches. `evaluate` scores the
     student after each epoch. `clips.png` in the run's folder shows the first batch as the victim saw it. `victim=None`
     trains on the labels alone.
@@ -147,25 +151,28 @@ def distill(
                 keys = [view_key(seed, clips.windows[i].key, view, augmentation) for i in batch.indices]
                 affordable = len(keys) if victim is None else victim.count_affordable(keys)
                 exhausted = affordable < len(keys)
-                if exhausted:
-                    save(number)  # from here a larger budget goes on; what follows trains on the last answers there are
                 if affordable:
-                    views = create_views(
-                        batch.clips[:affordable].to(device, non_blocking=True), keys[:affordable], augmentation
-                    )
+                    keys = keys[:affordable]
+                    views = make_views(batch.clips[:affordable].to(device, non_blocking=True), keys, augmentation)
                     labels = torch.tensor([clips.windows[i].label for i in batch.indices[:affordable]]).to(device)
                     targets = None
                     if victim is not None:
-                        answers = victim.query(views, keys[:affordable])
-                        targets = answers_to_targets(answers, victim.answers, victim.num_classes)
+                        targets = _ask(victim, views, keys)
                         if number == 0:
                             sources = [clips.windows[i].path.parent.name for i in batch.indices]
                             draw_queries(run.folder / "clips.png", views, targets, sources, victim.classes)
-                    shown = views
-                    if student_augmentation is not None and any(student_augmentation):
-                        own_keys = [key + number.to_bytes(8, "little") for key in keys[:affordable]]
-                        shown = augment(views, own_keys, student_augmentation)
-                    loss = distillation_loss(student(shown), targets, labels, label_weight)
+                    if craft is not None and not exhausted:
+                        crafted, crafted_keys = craft(student, views, targets, [b"%s|%d" % (key, number) for key in keys])
+                        count = victim.count_affordable(crafted_keys)
+                        exhausted = count < len(crafted_keys)
+                        if count:
+                            targets = torch.cat([targets, _ask(victim, crafted[:count], crafted_keys[:count])])
+                            views = torch.cat([views, crafted[:count]])
+                            labels = torch.cat([labels, labels.new_full((count,), -1)])
+                if exhausted:
+                    save(number)  # from here a larger budget goes on; what follows trains on the last answers there are
+                if affordable:
+                    loss = distillation_loss(student(views), targets, labels, label_weight)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     if max_grad_norm is not None:
@@ -207,6 +214,10 @@ def distill(
             if run.stop_asked:
                 raise KeyboardInterrupt(f"saved in {run.folder}; run the same command again to continue")
     return history, stopped
+
+
+def _ask(victim: Ledger, clips: Tensor, keys: Sequence[bytes]) -> Tensor:
+    return answers_to_targets(victim.query(clips, keys), victim.answers, victim.num_classes)
 
 
 def _describe_spending(victim: Ledger) -> str:

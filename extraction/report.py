@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def finish(
 ) -> dict:
     """Save the student, draw the curve, write `results.json` and print the table. `more` goes into the results.
 
+    A student that an earlier stage paid for brings `num_queries_before`, which its file and the table count too.
     Returns the results. Raises BudgetExhausted, after all that, when the query budget ended the run.
     """
     clips = referee.clips
@@ -38,20 +39,21 @@ def finish(
         num_frames=clips.num_frames,
         stride=clips.stride,
         size=clips.size,
+        num_queries=more.get("num_queries_before", 0) + (victim.num_queries if victim is not None else 0),
     )
     save_weights(run.folder / "student.safetensors", student.net.state_dict(), about)
     chance = 1.0 / len(referee.classes)
     draw_curve(run.folder / "curve.png", history, referee.victim_scores.get("top1"), chance, run.experiment)
-    final = {k: v for k, v in history[-1].items() if k not in ("epoch", "num_queries", "loss")}
+    final = {k: v for k, v in history[-1].items() if k not in ("epoch", "iteration", "num_queries", "loss")}
     victim_scores = {f"victim_{name}": value for name, value in referee.victim_scores.items()}
     broken = [*broken, *referee.broken]
     results = run.finish(
         dict(
-            victim=victim.victim if victim else None,
-            victim_fingerprint=victim.fingerprint if victim else None,
+            victim=victim.victim if victim is not None else None,
+            victim_fingerprint=victim.fingerprint if victim is not None else None,
             student=student.name,
-            answers=victim.answers if victim else None,
-            num_queries=victim.num_queries if victim else 0,
+            answers=victim.answers if victim is not None else None,
+            num_queries=victim.num_queries if victim is not None else 0,
             query_budget=run.config.get("query_budget"),
             num_classes=len(referee.classes),
             num_val_videos=referee.clips.num_videos,
@@ -67,9 +69,14 @@ def finish(
     print_results(results)
     report_broken(broken)
     print(f"all of it is in {run.folder}")
-    if stopped != "epochs":
+    if stopped not in ("epochs", "iterations"):
         raise BudgetExhausted(stopped)
     return results
+
+
+def count_queries(results: dict) -> int:
+    """What a student cost in all: the queries of its run, and those of the stages before."""
+    return results["num_queries"] + results.get("num_queries_before", 0)
 
 
 def percent(fraction: float | None) -> str:
@@ -93,7 +100,7 @@ def print_results(*runs: dict) -> dict:
         rows.append(["victim", percent(last["victim_top1"]), percent(last["victim_top5"]), "-", "-", "-"])
     for run in runs:
         scores = [percent(run.get(name)) for name in ("top1", "top5", "agreement_at_1", "agreement_at_5")]
-        rows.append([f"student, {run['experiment']}", *scores, str(run["num_queries"])])
+        rows.append([f"student, {run['experiment']}", *scores, str(count_queries(run))])
     chance = last["chance_top1"]
     rows.append(["chance", percent(chance), percent(min(1.0, 5 * chance)), percent(chance), percent(min(1.0, 5 * chance)), "-"])
     print("\n" + format_table(rows) + "\n")
@@ -102,7 +109,8 @@ def print_results(*runs: dict) -> dict:
 
 def draw_curve(path: str | Path, history: Sequence[dict], victim_top1: float | None, chance: float, title: str) -> None:
     """Draw accuracy and agreement against queries; against epochs for a run that asks none."""
-    axis = "num_queries" if any(point["num_queries"] for point in history) else "epoch"
+    along_epochs = not any(point["num_queries"] for point in history) and "epoch" in history[0]
+    axis = "epoch" if along_epochs else "num_queries"
     figure, axes = _pyplot().subplots(figsize=(7, 4.5), layout="constrained")
     along = [point[axis] for point in history]
     for name, label in (
@@ -117,6 +125,36 @@ def draw_curve(path: str | Path, history: Sequence[dict], victim_top1: float | N
     axes.axhline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance top-1")
     axes.set(xlabel="queries paid" if axis == "num_queries" else "epoch", ylabel="%", ylim=(0, 102), title=title)
     axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=120)
+    _pyplot().close(figure)
+
+
+def draw_curves(path: str | Path, runs: Mapping[str, Sequence[dict]], chance: float, title: str, metric: str = "top1") -> None:
+    """Draw one score of several runs, against epochs: `runs` maps a name to a history."""
+    figure, axes = _pyplot().subplots(figsize=(7, 4.5), layout="constrained")
+    for name, history in runs.items():
+        axes.plot([p["epoch"] for p in history], [100 * p[metric] for p in history], marker="o", markersize=3, label=name)
+    axes.axhline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance")
+    axes.set(xlabel="epoch", ylabel=f"{metric}, %", ylim=(0, 102), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=120)
+    _pyplot().close(figure)
+
+
+def draw_bars(path: str | Path, scores: Mapping[str, Mapping[str, float]], chance: float, victim_top1: float | None) -> None:
+    """Draw top-1 and agreement@1 of several experiments as bars, beside chance and the victim."""
+    figure, axes = _pyplot().subplots(figsize=(8, 0.8 + 0.45 * len(scores)), layout="constrained")
+    for offset, (metric, label) in enumerate((("agreement_at_1", "agreement@1"), ("top1", "top-1"))):
+        places = [k + 0.4 * offset - 0.2 for k in range(len(scores))]
+        axes.barh(places, [100 * own.get(metric, 0.0) for own in scores.values()], height=0.38, label=label)
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.invert_yaxis()
+    axes.axvline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance")
+    if victim_top1 is not None:
+        axes.axvline(100 * victim_top1, color="black", linestyle="--", linewidth=1, label="victim top-1")
+    axes.set(xlabel="% on held-out videos", xlim=(0, 102))
     axes.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=120)
     _pyplot().close(figure)

@@ -1,14 +1,17 @@
 """What every attack starts from: the victim's door with its ledger, and a referee on held-out clips."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from extraction.data.clips import Clips
 from extraction.data.folders import find_videos, require_folder
+from extraction.errors import Stop
 from extraction.evaluation import Referee
 from extraction.ledger import Ledger
 from extraction.runs import Run
+from extraction.students import Student, load_student
 from extraction.victims import load_model, load_victim
 
 
@@ -28,10 +31,12 @@ def open_setting(
     size: int,
     batch_size: int,
     num_workers: int,
+    exact: bool = False,
 ) -> tuple[Ledger, Referee]:
     """Open the metered, answers-only victim of `run`, and the referee that scores students on the videos of `val`.
 
     The referee looks at the middle clip of each video, `num_frames` frames every `stride`, `size` x `size` pixels.
+    `exact` keeps all the digits of the victim's answers.
     Raises Stop, before anything is paid, for what is missing and for a victim near chance (`check_victim`).
     """
     require_folder(val, "held-out labelled videos of the victim's task, in class folders,")
@@ -39,6 +44,7 @@ def open_setting(
         run.folder / "ledger.sqlite",
         lambda spent: load_victim(victim, victim_weights, answers, query_budget, device, num_queries=spent),
         answers,
+        exact=exact,
     )
     videos = find_videos(val, ledger.classes, "val", val_list)
     clips = Clips(videos, num_frames=num_frames, stride=stride, size=size, views=(1, 1))
@@ -47,3 +53,32 @@ def open_setting(
         lambda: load_model(victim, victim_weights, device), min_victim_top1,
     )  # fmt: skip
     return ledger, referee
+
+
+# Where the seeds' unrelated video is, and what stands in for it in the demo.
+UNRELATED = {
+    "ucf101": ("datasets/UCF-101", "datasets/demo/unrelated_a"),
+    "hmdb51": ("datasets/hmdb51", "datasets/demo/unrelated_b"),
+    "moments_in_time": ("datasets/Moments_in_Time_Raw", "datasets/demo/unrelated_a"),
+}
+
+
+def find_unrelated(names: Sequence[str], demo: bool = False) -> list[Path]:
+    """The folders of unrelated video: a name of `UNRELATED`, or a folder as it is. Raises Stop for a missing one."""
+    folders = [UNRELATED[name][demo] if name in UNRELATED else name for name in names]
+    return [require_folder(folder, f"unrelated video ({', '.join(UNRELATED)})") for folder in folders]
+
+
+def load_stage(
+    name: str, weights: str | Path, classes: Sequence[str], device: str | torch.device = "cpu"
+) -> tuple[Student, int]:
+    """A student as an earlier stage saved it, head and all, and the queries it has cost so far.
+
+    Raises Stop when the file is missing, holds another student, or was made for other classes than the victim's.
+    """
+    if not Path(weights).is_file():
+        raise Stop(f"student {weights} not found: this stage goes on from the one before; run that first, or give another file")
+    student, about = load_student(name, weights)
+    if tuple(about.get("classes", ())) != tuple(classes):
+        raise Stop(f"{weights}: a student of {student.num_classes} other classes than the victim's {len(classes)}")
+    return student.to(device), about.get("num_queries", 0)

@@ -9,8 +9,10 @@ label for the clips of the victim's own task. The 2022 report had 54.8 top-5 / 3
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+import tyro
 
 from extraction.data.augment import Augmentation
 from extraction.data.clips import Clips
@@ -19,7 +21,7 @@ from extraction.data.folders import find_videos, require_folder
 from extraction.distill import distill
 from extraction.report import finish, print_results
 from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
-from extraction.setting import open_setting
+from extraction.setting import find_unrelated, open_setting
 from extraction.students import create_student
 
 
@@ -38,8 +40,8 @@ class Config:
     """Labelled videos of the victim's own task, in class folders."""
     own_list: str | None = None
     """Use only the videos of --own that this list names."""
-    unrelated: tuple[str, ...] = ("datasets/UCF-101", "datasets/hmdb51")
-    """Folders of unrelated videos; their labels are not used."""
+    unrelated: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--aux"])] = ("ucf101", "hmdb51")
+    """Unrelated video beside it: ucf101, hmdb51, or any folders."""
     val: str = "datasets/kinetics400_val"
     """Held-out labelled videos that score the student."""
     val_list: str | None = None
@@ -62,9 +64,6 @@ class Config:
     hflip: float = 0.5
     brightness: float = 0.1
     rotation: float = 15.0
-    student_brightness: float = 0.0
-    """Further jitter of what the student alone sees: it costs no query."""
-    student_rotation: float = 0.0
     seed: int = 0
     device: str = "auto"
     num_workers: int = 8
@@ -76,10 +75,9 @@ class Config:
 
 DEMO = dict(
     demo=True, victim="demo_swin", student="r2plus1d_tiny", student_weights=None,
-    own="datasets/demo/train_5per", unrelated=("datasets/demo/unrelated_a", "datasets/demo/unrelated_b"),
-    val="datasets/demo/val", num_frames=16, step=16, size=48, epochs=9, views_per_clip=4, head_lr=1.5e-3, body_lr=1.5e-3,
-    label_weight=1.0, hflip=0.0, rotation=3.0, num_workers=1, checkpoint_seconds=10.0,
-    out_dir="runs/swin_to_r21_kd_demo",
+    own="datasets/demo/train_5per", val="datasets/demo/val", num_frames=16, step=16, size=48,
+    epochs=9, views_per_clip=4, head_lr=1.5e-3, body_lr=1.5e-3, label_weight=1.0, hflip=0.0, rotation=3.0,
+    num_workers=1, checkpoint_seconds=10.0, out_dir="runs/swin_to_r21_kd_demo",
 )  # fmt: skip
 
 
@@ -90,8 +88,7 @@ def main(config: Config) -> dict:
         write_demo_set("datasets/demo")
     device = choose_device(config.device)
     require_folder(config.own, "5 % of Kinetics-400's training set, in class folders,")
-    for folder in config.unrelated:
-        require_folder(folder, "unrelated video (UCF101, HMDB51)")
+    unrelated = find_unrelated(config.unrelated, config.demo)
     run = Run("swin_to_r21_kd", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return print_results(run.finished)
@@ -102,16 +99,15 @@ def main(config: Config) -> dict:
         batch_size=config.batch_size, num_workers=config.num_workers, **shape,
     )  # fmt: skip
     clips = Clips(find_videos(config.own, victim.classes, "train", config.own_list), step=config.step, **shape)
-    clips = clips.joined(*(Clips(find_videos(folder, None), step=config.step, **shape) for folder in config.unrelated))
+    clips = clips.joined(*(Clips(find_videos(folder, None), step=config.step, **shape) for folder in unrelated))
     set_seed(config.seed)
     student = create_student(config.student, victim.num_classes, config.student_weights).to(device)
     optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr))
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
     history, stopped = distill(
-        run, student, victim, clips, optimizer, schedule, referee.score,
-        epochs=config.epochs, batch_size=config.batch_size, label_weight=config.label_weight,
+        run, student, victim, clips, optimizer, schedule, referee.score, epochs=config.epochs, batch_size=config.batch_size,
+        label_weight=config.label_weight,
         augmentation=Augmentation(config.hflip, config.brightness, config.rotation),
-        student_augmentation=Augmentation(0.0, config.student_brightness, config.student_rotation),
         views_per_clip=config.views_per_clip, seed=config.seed, num_workers=config.num_workers,
     )  # fmt: skip
     return finish(run, student, victim, referee, history, stopped, clips.broken)

@@ -78,13 +78,6 @@ def test_views_per_clip_bounds_the_queries(config):
     assert swin_to_r21_kd.main(dataclasses.replace(config, epochs=3, views_per_clip=1))["num_queries"] == 76
 
 
-def test_what_the_student_alone_sees_costs_nothing(config, tmp_path):
-    plain = dataclasses.replace(config, views_per_clip=1)
-    turned = dataclasses.replace(plain, student_rotation=20.0, student_brightness=0.3, out_dir=str(tmp_path / "turned"))
-    assert swin_to_r21_kd.main(plain)["num_queries"] == swin_to_r21_kd.main(turned)["num_queries"] == 76
-    assert not equal(weights_of(plain), weights_of(turned))
-
-
 def test_a_second_run_over_a_full_ledger_pays_nothing_and_needs_no_weights(config, tmp_path, monkeypatch):
     from extraction import victims
 

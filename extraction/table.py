@@ -1,0 +1,93 @@
+"""Many experiments one after the other, and the table of what came out, as Markdown and as a picture."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from extraction.errors import Stop
+from extraction.report import count_queries, draw_bars
+from extraction.weights import write_atomically
+
+
+class Experiment(NamedTuple):
+    """A row of the table: a script and its flags, where `{runs}` stands for the folder of this seed's runs."""
+
+    name: str  # of its run folder
+    script: str
+    published: str  # top-5 / top-1 in percent, as the seeds have them
+    flags: tuple[str, ...] = ()
+
+
+def run_all(experiments: Sequence[Experiment], out_dir: str | Path, demo: bool, seeds: Sequence[int]) -> list[str]:
+    """Run every experiment with every seed, each in a process and a run folder of its own: `out_dir/seed_0/name`.
+
+    What is finished is not run again, what was interrupted goes on. Returns the names of runs that failed.
+    """
+    failed = []
+    for seed in seeds:
+        runs = Path(out_dir) / f"seed_{seed}"
+        for number, (name, script, _, flags) in enumerate(experiments, 1):
+            if (runs / name / "results.json").is_file():
+                continue
+            print(f"\n[seed {seed}, {number} of {len(experiments)}] {script} {' '.join(flags)}", flush=True)
+            given = [flag.replace("{runs}", str(runs)) for flag in flags]
+            command = [sys.executable, script, *(["--demo"] if demo else []), "--out-dir", runs / name, "--seed", seed, *given]
+            if subprocess.run([str(part) for part in command]).returncode:
+                failed.append(f"{name} (seed {seed})")
+    return failed
+
+
+def write_table(experiments: Sequence[Experiment], out_dir: str | Path, seeds: Sequence[int]) -> str:
+    """Write `table.md` and `table.png` into `out_dir` from the results there are. Returns the Markdown.
+
+    With several seeds a figure is their mean and standard deviation. Raises Stop when there are no results at all.
+    """
+    out_dir = Path(out_dir)
+    found = {e.name: [r for seed in seeds if (r := _read(out_dir / f"seed_{seed}" / e.name))] for e in experiments}
+    some = next((results[0] for results in found.values() if results), None)
+    if some is None:
+        raise Stop(f"{out_dir}: no experiment has left results there")
+    lines = ["| experiment | victim | student | queries | top-1 | top-5 | agreement@1 | seconds | published top-5 / top-1 |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for experiment in experiments:
+        results = found[experiment.name]
+        if not results:
+            lines.append(f"| {experiment.name} | - | - | - | - | - | - | - | {experiment.published} |")
+            continue
+        first = results[0]
+        victim = f"{first['victim']} {100 * first['victim_top1']:.1f}" if first["victim"] else "-"
+        scores = [_spread([100 * r[s] for r in results if s in r]) for s in ("top1", "top5", "agreement_at_1")]
+        queries = _spread([float(count_queries(r)) for r in results], 0)
+        seconds = _spread([r["seconds"] for r in results], 0)
+        cells = [experiment.name, victim, first["student"], queries, *scores, seconds, experiment.published]
+        lines.append(f"| {' | '.join(cells)} |")
+    commits = sorted({r["commit"] for results in found.values() for r in results})
+    text = "\n".join(lines) + (
+        f"\n\nPercent on {some['num_val_videos']} held-out videos, chance {100 * some['chance_top1']:.1f}; "
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(str(s) for s in seeds)}; commit {', '.join(commits)}.\n"
+    )
+    write_atomically(out_dir / "table.md", lambda file: file.write(text.encode()))
+    scores = {
+        name: {s: mean(r[s] for r in results if s in r) for s in ("top1", "agreement_at_1") if s in results[0]}
+        for name, results in found.items()
+        if results
+    }
+    draw_bars(out_dir / "table.png", scores, some["chance_top1"], some.get("victim_top1"))
+    return text
+
+
+def _read(folder: Path) -> dict | None:
+    path = folder / "results.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _spread(values: Sequence[float], digits: int = 1) -> str:
+    if not values:
+        return "-"
+    shown = f"{mean(values):.{digits}f}"
+    varied = len(values) > 1 and len(set(values)) > 1
+    return f"{shown} ± {stdev(values):.{digits}f}" if varied else shown

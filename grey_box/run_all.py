@@ -1,0 +1,72 @@
+"""Every grey-box experiment of both seeds, one after the other, ending in their table with our numbers beside the published.
+
+    python grey_box/run_all.py --demo
+    python grey_box/run_all.py --demo --seeds 0 1 2
+
+What is finished is not run again; after an interruption the same command goes on. Writes `table.md` and `table.png`.
+"""
+
+from dataclasses import dataclass
+
+from extraction.errors import Stop
+from extraction.runs import run_script
+from extraction.table import Experiment, run_all, write_table
+
+
+def grey_box(name: str, published: str, *flags: str) -> Experiment:
+    return Experiment(name, f"grey_box/{name}.py", published, flags)
+
+
+def stage(name: str, published: str, before: str) -> Experiment:
+    return grey_box(name, published, "--student-weights", f"{{runs}}/{before}/student.safetensors")
+
+
+CONCATENATED = {True: ("--epochs", "9", "--views-per-clip", "4"), False: ()}  # the demo's bill is that of the other scripts
+
+
+def list_experiments(demo: bool) -> list[Experiment]:
+    return [
+        grey_box("labels_only", "-"),
+        grey_box("swin_to_c3d", "27.5 / 8.4"),
+        grey_box("swin_to_r21", "42.5 / 19.1"),
+        Experiment(
+            "swin_to_r21_concatenated", "grey_box/swin_to_r21.py", "51.8 / 30.6",
+            ("--aux", "ucf101", "hmdb51", *CONCATENATED[demo]),
+        ),
+        grey_box("swin_to_r21_using_cosine", "-"),
+        grey_box("swin_to_r21_prada", "34.2 / 12.67"),
+        grey_box("swin_to_r21_kd", "54.8 / 31.4"),
+        grey_box("movinet_to_r21", "67.3 / -"),
+        grey_box("swin_to_vit_auxiliary", "- / 8.3"),
+        stage("swin_to_vit_finetune", "- / 12.6", "swin_to_vit_auxiliary"),
+        stage("swin_to_vit_ticket", "- / 17.3", "swin_to_vit_finetune"),
+        grey_box("movinet_to_r50_auxiliary", "- / 13.8"),
+        stage("movinet_to_r50_finetune", "- / 22.3", "movinet_to_r50_auxiliary"),
+        stage("movinet_to_r50_ticket", "- / 33.5", "movinet_to_r50_finetune"),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    seeds: tuple[int, ...] = (0,)
+    """With several, the table has their mean and standard deviation."""
+    out_dir: str = "runs/grey_box"
+    demo: bool = False
+    """Run on the embedded demo set and victims: about half an hour on two CPU cores."""
+
+
+DEMO = dict(demo=True, out_dir="runs/grey_box_demo")
+
+
+def main(config: Config) -> str:
+    experiments = list_experiments(config.demo)
+    failed = run_all(experiments, config.out_dir, config.demo, config.seeds)
+    table = write_table(experiments, config.out_dir, config.seeds)
+    print(f"\n{table}\nin {config.out_dir}/table.md and table.png")
+    if failed:
+        raise Stop(f"failed: {', '.join(failed)}; run the same again to try these once more")
+    return table
+
+
+if __name__ == "__main__":
+    run_script(main, Config, DEMO)

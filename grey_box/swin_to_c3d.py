@@ -1,0 +1,114 @@
+"""Video Swin into C3D by plain distillation, from 5 % of the victim's videos, augmented.
+
+    python grey_box/swin_to_c3d.py --demo
+    python grey_box/swin_to_c3d.py
+
+Clips of 32 frames go to the victim; C3D, made for 16, judges a clip by the mean of its logits over two halves. (In 2022 the
+halves became two clips, which doubled the batch.) The report had 27.5 top-5 / 8.4 top-1 on Kinetics-400. C3D starts from
+Sports-1M weights: DavideA/c3d-pytorch's or mmaction2's file.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import tyro
+
+from extraction.data.augment import Augmentation
+from extraction.data.clips import Clips
+from extraction.data.demo import write_demo_set
+from extraction.data.folders import find_videos, require_folder
+from extraction.distill import distill
+from extraction.report import finish, print_results
+from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
+from extraction.setting import find_unrelated, open_setting
+from extraction.students import create_student
+
+
+@dataclass(frozen=True)
+class Config:
+    victim: str = "swin_b_k400"
+    victim_weights: str | None = None
+    """Weight file of the victim; by default its usual place under weights/."""
+    answers: str = "probs"
+    """What the victim gives away: logits, probs, top5 or label."""
+    query_budget: int | None = None
+    """Stop before more than this many clips are answered."""
+    student: str = "c3d"
+    student_weights: str | None = "weights/c3d_sports1m_pretrain_20201016-dcc47ddc.pth"
+    own: str = "datasets/kinetics400_5per"
+    """Videos of the victim's own task, in class folders; only what the victim says of them is used."""
+    own_list: str | None = None
+    """Use only the videos of --own that this list names."""
+    unrelated: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--aux"])] = ()
+    """Unrelated video beside it: ucf101, hmdb51, or any folders."""
+    val: str = "datasets/kinetics400_val"
+    """Held-out labelled videos that score the student."""
+    val_list: str | None = None
+    min_victim_top1: float | None = None
+    """Pay nothing unless the victim is at least so good on --val; by default three times chance, 0 switches it off."""
+    num_frames: int = 32
+    stride: int = 1
+    step: int = 32
+    """A new clip every so many frames."""
+    size: int = 224
+    """Height and width of the clips that are sent."""
+    epochs: int = 10
+    views_per_clip: int | None = None
+    """Show the same so many views of a clip again and again instead of a new one each epoch: bounds the queries."""
+    batch_size: int = 16
+    head_lr: float = 3e-5
+    body_lr: float = 3e-6
+    hflip: float = 0.5
+    brightness: float = 0.1
+    rotation: float = 15.0
+    seed: int = 0
+    device: str = "auto"
+    num_workers: int = 8
+    checkpoint_seconds: float = 300.0
+    out_dir: str = "runs/swin_to_c3d"
+    demo: bool = False
+    """Run on the embedded demo set and victim: minutes on two CPU cores."""
+
+
+DEMO = dict(
+    demo=True, victim="demo_swin", student="c3d_tiny", student_weights=None,
+    own="datasets/demo/train_5per", val="datasets/demo/val", num_frames=16, step=16, size=48,
+    epochs=44, head_lr=1.5e-3, body_lr=1.5e-3, hflip=0.0, rotation=3.0,
+    num_workers=1, checkpoint_seconds=10.0, out_dir="runs/swin_to_c3d_demo",
+)  # fmt: skip
+
+
+def main(config: Config) -> dict:
+    check_at_least(config, 1, "epochs", "batch_size", "num_frames", "stride", "step", "size", "views_per_clip")
+    check_at_least(config, 0, "query_budget", "head_lr", "body_lr", "num_workers")
+    if config.demo:
+        write_demo_set("datasets/demo")
+    device = choose_device(config.device)
+    require_folder(config.own, "5 % of Kinetics-400's training set, in class folders,")
+    unrelated = find_unrelated(config.unrelated, config.demo)
+    run = Run("swin_to_c3d", config.out_dir, config, config.checkpoint_seconds)
+    if run.finished:
+        return print_results(run.finished)
+    shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
+    victim, referee = open_setting(
+        run, device, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
+        query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
+        batch_size=config.batch_size, num_workers=config.num_workers, **shape,
+    )  # fmt: skip
+    clips = Clips(find_videos(config.own, victim.classes, "train", config.own_list), step=config.step, **shape)
+    clips = clips.joined(*(Clips(find_videos(folder, None), step=config.step, **shape) for folder in unrelated))
+    set_seed(config.seed)
+    student = create_student(config.student, victim.num_classes, config.student_weights).to(device)
+    optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr))
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
+    history, stopped = distill(
+        run, student, victim, clips, optimizer, schedule, referee.score, epochs=config.epochs, batch_size=config.batch_size,
+        augmentation=Augmentation(config.hflip, config.brightness, config.rotation),
+        views_per_clip=config.views_per_clip, seed=config.seed, num_workers=config.num_workers,
+    )  # fmt: skip
+    return finish(run, student, victim, referee, history, stopped, clips.broken)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, DEMO)
