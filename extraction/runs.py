@@ -98,6 +98,7 @@ class Run:
             **results,
             "seconds": round(self.seconds, 1),
             "commit": current_commit(),
+            "num_threads": torch.get_num_threads(),  # on a CPU they decide how sums are rounded
             "config": self.config,
         }
         write_atomically(self.folder / "results.json", lambda file: file.write(_to_json(results)))

@@ -22,10 +22,11 @@ class Experiment(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
-def run_all(experiments: Sequence[Experiment], out_dir: str | Path, demo: bool, seeds: Sequence[int]) -> list[str]:
+def run_all(experiments: Sequence[Experiment], out_dir: str | Path, demo: bool, seeds: Sequence[int]) -> str:
     """Run every experiment with every seed, each in a process and a run folder of its own: `out_dir/seed_0/name`.
 
-    What is finished is not run again, what was interrupted goes on. Returns the names of runs that failed.
+    What is finished is not run again, what was interrupted goes on. Writes and prints the table, and returns it. Raises
+    Stop at the end, with their names, when experiments failed; the others are in the table all the same.
     """
     failed = []
     for seed in seeds:
@@ -38,7 +39,11 @@ def run_all(experiments: Sequence[Experiment], out_dir: str | Path, demo: bool, 
             command = [sys.executable, script, *(["--demo"] if demo else []), "--out-dir", runs / name, "--seed", seed, *given]
             if subprocess.run([str(part) for part in command]).returncode:
                 failed.append(f"{name} (seed {seed})")
-    return failed
+    table = write_table(experiments, out_dir, seeds)
+    print(f"\n{table}\nin {out_dir}/table.md and table.png")
+    if failed:
+        raise Stop(f"failed: {', '.join(failed)}; run the same again to try these once more")
+    return table
 
 
 def write_table(experiments: Sequence[Experiment], out_dir: str | Path, seeds: Sequence[int]) -> str:

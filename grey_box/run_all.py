@@ -8,9 +8,8 @@ What is finished is not run again; after an interruption the same command goes o
 
 from dataclasses import dataclass
 
-from extraction.errors import Stop
 from extraction.runs import run_script
-from extraction.table import Experiment, run_all, write_table
+from extraction.table import Experiment, run_all
 
 
 def grey_box(name: str, published: str, *flags: str) -> Experiment:
@@ -59,13 +58,7 @@ DEMO = dict(demo=True, out_dir="runs/grey_box_demo")
 
 
 def main(config: Config) -> str:
-    experiments = list_experiments(config.demo)
-    failed = run_all(experiments, config.out_dir, config.demo, config.seeds)
-    table = write_table(experiments, config.out_dir, config.seeds)
-    print(f"\n{table}\nin {config.out_dir}/table.md and table.png")
-    if failed:
-        raise Stop(f"failed: {', '.join(failed)}; run the same again to try these once more")
-    return table
+    return run_all(list_experiments(config.demo), config.out_dir, config.demo, config.seeds)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
 """Students: the published layouts, fresh heads, parameter groups."""
 
+import re
+
 import pytest
+import timm
 import torch
+import torchvision
 
 from extraction.errors import Stop
-from extraction.students import create_student, load_student
+from extraction.students import create_student, load_student, split_windows
+from extraction.students.c3d import C3D
 from extraction.students.r2plus1d import create_r2plus1d_34
 from extraction.weights import save_weights
 
@@ -56,3 +61,61 @@ def test_a_saved_student_comes_back_whole(tmp_path):
     assert len(about["classes"]) == 12
     with pytest.raises(Stop, match="holds a r2plus1d_tiny, not a r3d_18"):
         load_student("r3d_18", tmp_path / "s.safetensors")
+
+
+def test_windows_show_every_frame_and_the_logits_are_their_mean():
+    numbers = torch.arange(20.0).view(1, 1, 20, 1, 1)
+    windows = split_windows(numbers, 16).flatten(1)
+    assert windows.tolist() == [list(range(16)), list(range(4, 20))]
+    assert split_windows(torch.arange(32.0).view(1, 1, 32, 1, 1), 16).flatten().tolist() == list(range(32))
+    assert split_windows(torch.arange(5.0).view(1, 1, 5, 1, 1), 10).shape == (1, 1, 10, 1, 1)
+    torch.manual_seed(0)
+    student = create_student("c3d_tiny", 12).eval()
+    clips = torch.rand(2, 3, 16, 32, 32)
+    halves = [student(clips[:, :, :8]), student(clips[:, :, 8:])]
+    assert torch.allclose(student(clips), (halves[0] + halves[1]) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_demo", "resnet_demo"])
+def test_frame_students_average_over_frames_whatever_their_order(name):
+    torch.manual_seed(0)
+    student = create_student(name, 12).eval()
+    clips = torch.rand(2, 3, 6, 32, 32)
+    triplets = [student(clips[:, :, t : t + 3]) for t in range(4)]
+    assert torch.allclose(student(clips), sum(triplets) / 4, atol=1e-5)
+    assert (student(clips) - student(clips.flip(2))).abs().max() > 1e-3  # three frames in a row do tell the direction
+
+
+@pytest.mark.parametrize("layout", ["c3d-pytorch", "mmaction2"])
+def test_c3d_takes_sports1m_weights_in_both_layouts(layout, tmp_path):
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in C3D(487).state_dict().items()}
+    if layout == "mmaction2":  # its file has no head
+        shapes = {key: shape for key, shape in shapes.items() if not key.startswith("fc8")}
+        shapes = {re.sub(r"^conv([12])\.", r"conv\1a.", key): shape for key, shape in shapes.items()}
+        shapes = {re.sub(r"^(conv\d[ab])\.", r"\1.conv.", key): shape for key, shape in shapes.items()}
+    state = {key: torch.full((1,), 0.25).expand(shape) for key, shape in shapes.items()}
+    torch.save({"state_dict": state}, tmp_path / "c3d.pth")
+    student = create_student("c3d", 12, tmp_path / "c3d.pth")
+    body = {key: value for key, value in student.net.state_dict().items() if not key.startswith("fc8")}
+    assert all((value == 0.25).all() for value in body.values())
+    assert student.head.weight.shape == (12, 4096)
+    assert (student.head.weight != 0.25).all()
+
+
+@pytest.mark.slow
+def test_c3d_judges_32_frames_by_two_halves():
+    torch.manual_seed(0)
+    student = create_student("c3d", 12).eval()
+    clips = torch.rand(1, 3, 32, 112, 112)
+    halves = [student(clips[:, :, :16]), student(clips[:, :, 16:])]
+    assert torch.allclose(student(clips), (halves[0] + halves[1]) / 2, atol=1e-5)
+
+
+def test_imagenet_weights_load_in_the_layouts_they_are_published_in(tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=1000)
+    save_weights(tmp_path / "vit.safetensors", vit.state_dict(), {})
+    student = create_student("vit_tiny", 12, tmp_path / "vit.safetensors")
+    assert torch.equal(student.net.blocks[3].mlp.fc1.weight, vit.blocks[3].mlp.fc1.weight)
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "resnet.pth")
+    assert create_student("resnet50", 12, tmp_path / "resnet.pth").head.out_features == 12

@@ -1,0 +1,69 @@
+"""Many experiments in one go: what is done is not done again, a failure is said and hides nothing, figures are the runs'."""
+
+import json
+
+import pytest
+
+from extraction.errors import Stop
+from extraction.table import Experiment, run_all
+
+SCRIPT = """
+import json, pathlib, sys
+flags = {name: value for name, value in zip(sys.argv[1:], sys.argv[2:]) if name.startswith("--")}
+out = pathlib.Path(flags["--out-dir"])
+out.mkdir(parents=True, exist_ok=True)
+(out / "count").write_text((out / "count").read_text() + "x" if (out / "count").exists() else "x")
+if "--fail" in flags and not pathlib.Path(flags["--fail"]).exists():
+    sys.exit(1)
+seed = int(flags["--seed"])
+results = dict(victim="demo_swin", victim_top1=0.979, student="tiny", num_queries=1000, num_queries_before=seed,
+    top1=0.5 + 0.1 * seed, top5=0.9, agreement_at_1=0.25, seconds=3.2, num_val_videos=240, chance_top1=1 / 12, commit="abc", argv=sys.argv[1:])
+(out / "results.json").write_text(json.dumps(results))
+"""
+
+
+@pytest.fixture
+def experiments(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    return [
+        Experiment("first", str(script), "54.8 / 31.4"),
+        Experiment("second", str(script), "- / 8.3", ("--fail", str(tmp_path / "fixed"), "--from", "{runs}/first/student")),
+    ]
+
+
+def test_a_failure_is_named_and_only_what_is_missing_runs_again(experiments, tmp_path):
+    runs = tmp_path / "runs"
+    with pytest.raises(Stop, match=r"failed: second \(seed 0\), second \(seed 1\)"):
+        run_all(experiments, runs, True, (0, 1))
+    table = (runs / "table.md").read_text()
+    assert "| second | - | - | - | - | - | - | - | - / 8.3 |" in table
+    (tmp_path / "fixed").touch()
+    table = run_all(experiments, runs, True, (0, 1))
+    assert (runs / "seed_0" / "first" / "count").read_text() == "x"
+    assert (runs / "seed_0" / "second" / "count").read_text() == "xx"
+    row = "| {} | demo_swin 97.9 | tiny | 1000 ± 1 | 55.0 ± 7.1 | 90.0 | 25.0 | 3 | {} |"
+    assert row.format("first", "54.8 / 31.4") in table
+    assert row.format("second", "- / 8.3") in table
+    assert "240 held-out videos, chance 8.3; seeds 0, 1; commit abc." in table
+    assert (runs / "table.png").stat().st_size > 1000
+    argv = json.loads((runs / "seed_1" / "second" / "results.json").read_text())["argv"]
+    assert argv[argv.index("--from") + 1] == f"{runs}/seed_1/first/student"
+    assert "--demo" in argv
+
+
+def test_no_results_at_all_is_one_line(tmp_path):
+    with pytest.raises(Stop, match="no experiment has left results"):
+        run_all([Experiment("none", "nowhere.py", "-")], tmp_path, False, (0,))
+
+
+def test_the_tables_name_scripts_that_exist():
+    from pathlib import Path
+
+    from black_box.run_all import PUBLISHED
+    from grey_box.run_all import list_experiments
+
+    root = Path(__file__).parents[1]
+    scripts = {e.script for e in list_experiments(True)} | {f"black_box/{name}.py" for name in PUBLISHED}
+    present = {str(p.relative_to(root)) for folder in ("grey_box", "black_box") for p in (root / folder).glob("*.py")}
+    assert scripts == present - {"grey_box/run_all.py", "black_box/run_all.py", "grey_box/eval_teacher.py"}
