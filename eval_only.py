@@ -15,7 +15,7 @@ import tyro
 
 from extraction.data.clips import Clips, report_broken
 from extraction.data.demo import write_demo_set
-from extraction.data.folders import find_videos, require_folder
+from extraction.data.folders import find_videos, read_classes, require_folder
 from extraction.errors import Stop
 from extraction.evaluation import parse_views, predict_videos, score, write_class_table
 from extraction.report import percent
@@ -35,7 +35,7 @@ class Config:
     data_list: str | None = None
     """Score only the videos of --data that this list names (a text file, or Kinetics' CSV)."""
     classes: str | None = None
-    """The classes' order for weights that do not say theirs: k400, or a text file with a name per line."""
+    """The classes' order for weights that do not say theirs: k400, k600, or a text file with a name per line."""
     views: str = "1x1"
     """Clips x crops per video; 10x3 is the published way."""
     num_frames: int | None = None
@@ -84,12 +84,12 @@ def main(config: Config) -> dict:
 
 def _read_classes(name: str | None) -> list[str]:
     if name is None:
-        raise Stop("the weights do not say their classes: pass --classes k400, or a text file with a name per line")
+        raise Stop("the weights do not say their classes: pass --classes k400 or k600, or a text file with a name per line")
     if name in KNOWN_CLASSES:
         return list(KNOWN_CLASSES[name]())
     if not Path(name).is_file():
         raise Stop(f"--classes {name}: neither one of {', '.join(KNOWN_CLASSES)} nor a file")
-    return [line.strip() for line in Path(name).read_text().splitlines() if line.strip()]
+    return read_classes(name)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise Stop(f"{path}: not a readable weight file, truncated perhaps ({_first_line(error)})") from None
     state = read_checkpoint(path)
-    for wrapper in ("state_dict", "model_state_dict", "model"):
+    for wrapper in ("state_dict", "model_state_dict", "model_state", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):

@@ -1,8 +1,10 @@
 """Victims made by others, behind the same door: files of MoViNet, TensorFlow, torchvision, mmaction2; and the preflight."""
 
 import ast
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -324,10 +326,90 @@ def test_without_mmaction2_one_line_says_what_to_do(tmp_path, monkeypatch):
     assert "pip install -e '.[mmaction2]'" in stop_line(f"mmaction2:{tmp_path / 'config.py'}", tmp_path / "weights.pth")
 
 
+# --- pytorchvideo ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub():
+    return pytest.importorskip(
+        "pytorchvideo.models.hub", reason="pytorchvideo is not installed: pip install -e '.[pytorchvideo]'"
+    )
+
+
+def write_hub_model(hub, name: str, path: Path) -> torch.nn.Module:
+    """Random weights that make answers differ, in a checkpoint as the model zoo has them; returns the hub's own model."""
+    torch.manual_seed(0)
+    net = getattr(hub, name)(pretrained=False).eval()
+    for key, value in net.state_dict().items():
+        if key.endswith("running_var"):
+            value.uniform_(0.5, 1.5)
+        elif key.endswith("bias") or key.endswith("running_mean"):
+            value.normal_(std=0.1)
+        elif key.endswith("proj.weight"):
+            value.normal_(std=0.3)
+    torch.save({"epoch": 196, "model_state": net.state_dict(), "optimizer_state": {"state": {}}, "cfg": "ARCH: x3d"}, path)
+    return net
+
+
+def test_pytorchvideo_x3d_answers_through_the_door_as_called_directly(hub, tmp_path):
+    net = write_hub_model(hub, "x3d_xs", tmp_path / "X3D_XS.pyth")
+    clips = random_clips(2, 3, 4, 182, 182)
+    with torch.no_grad():
+        direct = net((clips - 0.45) / 0.225)
+    torch.testing.assert_close(direct.sum(1), torch.ones(2))  # the hub's own answers are probabilities
+    assert (direct[0] - direct[1]).abs().max() > 1e-3
+    victim = load_victim("pytorchvideo:x3d_xs", tmp_path / "X3D_XS.pyth", "probs", query_budget=3)
+    torch.testing.assert_close(victim.query(clips), direct, atol=1e-5, rtol=1e-3)
+    longer = clips.repeat_interleave(12, dim=2)  # the clip as filmed: every 12th frame is looked at
+    torch.testing.assert_close(victim.query(longer[:1]), direct[:1], atol=1e-5, rtol=1e-3)
+    assert (victim.num_queries, victim.num_classes) == (3, 400)
+    with pytest.raises(BudgetExhausted):
+        victim.query(clips)
+    # Where PySlowFast's published class indices of Kinetics-400 have them.
+    at = {0: "abseiling", 115: "eating ice cream", 212: "petting animal (not cat)", 290: "sharpening knives", 399: "zumba"}
+    assert {k: victim.classes[k] for k in at} == at
+
+
+def test_pytorchvideo_slowfast_gets_both_pathways(hub, tmp_path):
+    write_hub_model(hub, "slowfast_r50", tmp_path / "SLOWFAST_8x8_R50.pyth")
+    model = load_model("pytorchvideo:slowfast_r50", tmp_path / "SLOWFAST_8x8_R50.pyth")
+    assert (model.model.num_frames, model.model.size) == (32, 256)
+    model.model.size = 224  # cheaper
+    seen = []
+    model.model.net.net.register_forward_pre_hook(lambda net, inputs: seen.extend(inputs[0]))
+    model.model.net.net.register_forward_hook(lambda net, inputs, output: seen.append(output))
+    clips = random_clips(1, 3, 32, 224, 224)
+    logits = model(clips)
+    slow, fast, output = seen
+    torch.testing.assert_close(fast, (clips - 0.45) / 0.225)
+    assert torch.equal(slow, fast[:, :, [0, 4, 8, 13, 17, 22, 26, 31]])
+    assert torch.equal(logits, output)
+    assert logits.shape == (1, 400)
+    assert logits.std() > 1e-3
+
+
+def test_pytorchvideo_names_and_files_that_do_not_fit_get_one_line(hub, tmp_path):
+    from extraction.victims.pytorchvideo import MODELS
+
+    assert all(callable(getattr(hub, name)) for name in MODELS)
+    path = tmp_path / "X3D_XS.pyth"
+    write_hub_model(hub, "x3d_xs", path)
+    assert "no Kinetics-400 model 'x3d_xxl'; there are c2d_r50, i3d_r50" in stop_line("pytorchvideo:x3d_xxl", path)
+    assert "not the weights of pytorchvideo's slow_r50: keys" in stop_line("pytorchvideo:slow_r50", path)
+    assert "needs --victim-weights: a file from pytorchvideo's model zoo" in stop_line("pytorchvideo:x3d_xs")
+
+
+def test_without_pytorchvideo_one_line_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorchvideo.models", None)
+    (tmp_path / "weights.pyth").touch()
+    assert "pip install -e '.[pytorchvideo]'" in stop_line("pytorchvideo:slow_r50", tmp_path / "weights.pyth")
+
+
 # --- the preflight ---------------------------------------------------------------------------------------------------
 
 
 def open_referee(demo_set, folder, classes, open_model, **options) -> Referee:
+    folder.mkdir(exist_ok=True)
     clips = Clips(find_videos(demo_set, classes, "val"), views=(1, 1), num_frames=16, size=48)
     ledger = Ledger(folder / "ledger.sqlite", lambda spent: load_victim("demo_swin", num_queries=spent), "probs")
     try:
@@ -375,6 +457,36 @@ def test_the_least_that_passes(num_classes, least):
     check_victim({"top1": 0.0}, num_classes, 0)
     with pytest.raises(Stop):
         check_victim({"top1": 0.79}, num_classes, 0.8)
+
+
+WRONG_SCALES = {
+    "0 to 255": (lambda clips: 255 * clips, "clips reach from 0 to 255"),
+    "normalised": (lambda clips: (clips - 0.45) / 0.225, "clips reach from -2 to 2.44"),
+    "not a number": (lambda clips: clips / clips.new_tensor(0.0), "clips reach from nan to nan"),
+}
+
+
+@pytest.mark.parametrize("spoil", WRONG_SCALES.values(), ids=WRONG_SCALES)
+def test_clips_of_another_scale_are_refused_and_not_billed(demo_set, tmp_path, spoil):
+    change, line = spoil
+    clips = random_clips(2, 3, 16, 48, 48)
+    clips[0, 0, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    victim = load_victim("demo_swin", query_budget=4)
+    ledger = Ledger(tmp_path / "l.sqlite", lambda spent: victim, "probs")
+    for ask in (victim.query, lambda wrong: ledger.query(wrong, [bytes(16), bytes([1]) * 16])):
+        with pytest.raises(Stop, match=line) as caught:
+            ask(change(clips))
+        assert "\n" not in str(caught.value)
+    assert (victim.num_queries, ledger.num_queries, len(ledger)) == (0, 0, 0)
+    victim.query((clips + 5e-4).half().float())  # rounding is let through
+    assert victim.num_queries == 2
+    ledger.close()
+    # The referee's way in: whatever stands between the clips and the model is found before anything is paid or kept.
+    model = load_model("demo_swin")
+    with pytest.raises(Stop, match="a victim takes RGB in"):
+        open_referee(demo_set, tmp_path / "r", model.classes, lambda: lambda clips: model(change(clips)))
+    with closing(sqlite3.connect(tmp_path / "r" / "ledger.sqlite")) as kept:
+        assert kept.execute("SELECT (SELECT count(*) FROM referee) + (SELECT count(*) FROM answers)").fetchone() == (0,)
 
 
 # --- the scripts -----------------------------------------------------------------------------------------------------

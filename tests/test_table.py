@@ -16,8 +16,10 @@ out.mkdir(parents=True, exist_ok=True)
 if "--fail" in flags and not pathlib.Path(flags["--fail"]).exists():
     sys.exit(1)
 seed = int(flags["--seed"])
-results = dict(victim="demo_swin", victim_top1=0.979, student="tiny", num_queries=1000, num_queries_before=seed,
-    top1=0.5 + 0.1 * seed, top5=0.9, agreement_at_1=0.25, seconds=3.2, num_val_videos=240, chance_top1=1 / 12, commit="abc", argv=sys.argv[1:])
+results = dict(
+    victim="demo_swin", victim_top1=0.979, student="tiny", num_queries=1000, num_queries_before=seed, top1=0.5 + 0.1 * seed,
+    top5=0.9, agreement_at_1=0.25, seconds=3.2, num_val_videos=240, chance_top1=1 / 12, commit="abc", argv=sys.argv[1:],
+)
 (out / "results.json").write_text(json.dumps(results))
 """
 

@@ -2,13 +2,15 @@
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from extraction.errors import Stop
 
 EXTENSIONS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".ogv", ".m4v", ".wmv", ".flv", ".3gp", ".ts"}
+# What the halves of a dataset are called, in folders (Moments in Time: training, validation) and in Kinetics' CSVs.
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "validate")}
 
 
 class Video(NamedTuple):
@@ -30,14 +32,19 @@ def require_folder(root: str | Path, belongs: str) -> Path:
 
 
 def _class_folders(root: Path, split: str | None) -> Path:
-    """The folder whose children are the class folders: `root/split` if there is one, else `root`."""
-    if split is not None and (root / split).is_dir():
-        return root / split
+    """The folder whose children are the class folders: that of the split below `root` if there is one, else `root`."""
+    for name in _spellings(split):
+        if (root / name).is_dir():
+            return root / name
     inner = [folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
     # As some archives unpack: one folder in which the classes are.
     if len(inner) == 1 and any(child.is_dir() for child in inner[0].iterdir()):
         return inner[0]
     return root
+
+
+def _spellings(split: str | None) -> tuple[str, ...]:
+    return () if split is None else SPLITS.get(split, (split,))
 
 
 def list_classes(root: str | Path, split: str | None = None) -> list[str]:
@@ -46,6 +53,14 @@ def list_classes(root: str | Path, split: str | None = None) -> list[str]:
     names = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not names:
         raise Stop(f"{folder}: no class folders in it; it must be laid out as class/video files")
+    return names
+
+
+def read_classes(path: str | Path) -> list[str]:
+    """Class names in their order, one per line; UCF101's `classInd.txt` numbers them from 1, and that is left away."""
+    names = _read_lines(Path(path))
+    if all(name.split(" ")[0] == str(number) for number, name in enumerate(names, 1)):
+        names = [name.partition(" ")[2] for name in names]
     return names
 
 
@@ -59,35 +74,51 @@ def find_videos(
     """Find the videos of `root/split/class/*` or `root/class/*`, sorted by path.
 
     Labels index `classes` by name, whatever the folders' order; `classes=None` leaves every video unlabelled (-1).
-    `listing` keeps only the videos it names: a text file of paths below `root`, or Kinetics' CSV (`label, youtube_id,
-    time_start, time_end, split`) over files named `<youtube_id>_<start>_<end>`.
+    `split` "train" and "val" also find `training` and `validation`. `listing` keeps only the videos it names, and is
+
+    - a text file of paths below `root`, one per line, as UCF101's `trainlist01.txt` (a number after the path is ignored);
+    - Kinetics' CSV (`label, youtube_id, time_start, time_end, split`) over files named `<youtube_id>_<start>_<end>`;
+    - Moments in Time's CSV (`class/file.mp4, class, ...` without a header; the class folder may be left away);
+    - HMDB51's folder `testTrainMulti_7030_splits`, with `:2` or `:3` after it for its other splits: the videos that it
+      marks for `split`, "train" or "val" (its test set), else both.
 
     Raises Stop for a missing folder, an empty class, a class that `classes` does not have, or a list naming missing files.
     """
     root = require_folder(root, belongs)
-    if listing is not None:
-        return _listed_videos(root, classes, split, Path(listing))
-    folder = _class_folders(root, split)
-    videos, empty, unknown = [], [], []
-    labels = None if classes is None else _label_map(classes)
-    for name in list_classes(root, split):
-        files = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in EXTENSIONS)
-        label = -1 if labels is None else labels.get(normalise_class(name))
-        if label is None:
-            unknown.append(name)
-        elif not files:
-            empty.append(name)
-        else:
-            videos += [Video(path, label) for path in files]
+    known = None if classes is None else {normalise_class(name): label for label, name in enumerate(classes)}
+    where, videos = group_videos(root, split, listing, known)
+    unknown = [name for name in videos if known is not None and normalise_class(name) not in known]
     if unknown:
-        raise Stop(f"{folder}: {_some(unknown)} not among the victim's {len(classes)} classes; move them or rename them")
+        raise Stop(f"{where}: {_some(unknown)} not among the victim's {len(classes)} classes; move them or rename them")
+    refuse_empty_classes(where, videos)
+    return sorted(
+        Video(path, -1 if known is None else known[normalise_class(name)]) for name, paths in videos.items() for path in paths
+    )
+
+
+def group_videos(
+    root: Path, split: str | None = None, listing: str | Path | None = None, known: Container[str] | None = None
+) -> tuple[Path, dict[str, list[Path]]]:
+    """The videos of each class, by the name its folder or list gives it; a class without any has an empty list.
+
+    Arguments are those of `find_videos`; `known`: normalised names of the classes there are, which tell a class folder
+    from one inside it. Returns what was read, for messages, too. Raises Stop as `find_videos` does.
+    """
+    if listing is not None:
+        return Path(listing), _read_listing(root, split, listing, known)
+    folder = _class_folders(root, split)
+    return folder, {name: _find_files(folder / name) for name in list_classes(root, split)}
+
+
+def refuse_empty_classes(where: Path, videos: dict[str, list[Path]]) -> None:
+    """Raise Stop, by name, for classes without a video; `where` is the folder or list that has them."""
+    empty = [name for name, paths in videos.items() if not paths]
     if empty:
-        raise Stop(f"{folder}: no video in {_some(empty)}; fill or remove the folder")
-    return videos
+        raise Stop(f"{where}: no video in {_some(empty)}; fill or remove it")
 
 
-def _label_map(classes: Sequence[str]) -> dict[str, int]:
-    return {normalise_class(name): label for label, name in enumerate(classes)}
+def _find_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -95,41 +126,112 @@ def _some(names: Sequence[str]) -> str:
     return f"class {shown}" if len(names) == 1 else f"{len(names)} classes ({shown}{', ...' if len(names) > 3 else ''})"
 
 
-def _listed_videos(root: Path, classes: Sequence[str] | None, split: str | None, listing: Path) -> list[Video]:
-    if not listing.is_file():
-        raise Stop(f"list {listing} not found: it names the videos of {root} to use")
-    labels = None if classes is None else _label_map(classes)
-    if listing.suffix == ".csv":
-        entries = _kinetics_rows(root, listing, split)
+# --- lists -----------------------------------------------------------------------------------------------------------
+
+
+def _read_listing(root: Path, split: str | None, listing: str | Path, known: Container[str] | None) -> dict[str, list[Path]]:
+    path = Path(listing)
+    splits, number = re.fullmatch(r"(.+?)(?::(\d+))?", str(listing)).groups()
+    if path.is_file() and path.suffix == ".csv":
+        videos = _read_csv(root, split, path)
+    elif path.is_file():
+        videos = _group(_read_paths(root, split, path, known))
+    elif Path(splits).is_dir():
+        videos = _read_hmdb(_class_folders(root, None), Path(splits), number or "1", split)
     else:
-        lines = [line.strip() for line in listing.read_text().splitlines()]
-        entries = [(root / line, Path(line).parent.name) for line in lines if line and not line.startswith("#")]
-        missing = [str(path) for path, _ in entries if not path.is_file()]
-        if missing:
-            raise Stop(f"{listing}: {len(missing)} of its {len(entries)} files missing below {root}, the first {missing[0]}")
-    unknown = sorted({name for _, name in entries if labels is not None and normalise_class(name) not in labels})
-    if unknown:
-        raise Stop(f"{listing}: {_some(unknown)} not among the victim's {len(classes)} classes")
-    if not entries:
+        raise Stop(f"list {listing} not found: it names the videos of {root} to use")
+    named = [video for paths in videos.values() for video in paths]
+    missing = [video for video in named if not video.is_file()]
+    if missing:
+        raise Stop(f"{listing}: {len(missing)} of its {len(named)} files missing below {root}, the first {missing[0]}")
+    if not named:
         raise Stop(f"{listing}: names no video that is below {root}")
-    return [Video(path, -1 if labels is None else labels[normalise_class(name)]) for path, name in sorted(entries)]
+    return videos
 
 
-def _kinetics_rows(root: Path, listing: Path, split: str | None) -> list[tuple[Path, str]]:
-    """Rows of a Kinetics CSV whose video is there; what YouTube no longer has is missing from everyone's copy."""
-    files = {path.stem: path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS}
-    entries = []
-    with listing.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if not {"label", "youtube_id"} <= set(reader.fieldnames or []):
-            raise Stop(f"{listing}: not a Kinetics CSV; its first line must name the columns label and youtube_id")
-        for row in reader:
-            if split is not None and row.get("split", split) not in (split, ""):
-                continue
-            stem = row["youtube_id"]
+def _group(entries: Iterable[tuple[Path, str]]) -> dict[str, list[Path]]:
+    videos: dict[str, list[Path]] = {}
+    for path, name in entries:
+        videos.setdefault(name, []).append(path)
+    return videos
+
+
+def _read_lines(path: Path) -> list[str]:
+    """The lines that say something, without the blanks around them."""
+    try:
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise Stop(f"{path}: not a readable text file ({error})") from None
+
+
+def _below(root: Path, folder: Path, name: str) -> Path:
+    """A listed file: below `root`, or else below the folder in which the classes are."""
+    path = root / name
+    return path if path.is_file() else folder / name
+
+
+def _read_paths(root: Path, split: str | None, listing: Path, known: Container[str] | None) -> list[tuple[Path, str]]:
+    entries, inner = [], _class_folders(root, split)
+    for line in _read_lines(listing):
+        if line.startswith("#"):
+            continue
+        name = re.sub(r"(\.\w+)\s+\d+$", r"\1", line)  # UCF101 numbers the classes here; the folder's name says it too
+        folders = Path(name).parts[:-1][::-1]
+        own = next((folder for folder in folders if known and normalise_class(folder) in known), "".join(folders[:1]))
+        entries.append((_below(root, inner, name), own))
+    return entries
+
+
+def _read_hmdb(root: Path, splits: Path, number: str, split: str | None) -> dict[str, list[Path]]:
+    """Files `<class>_test_split<number>.txt` with lines `video mark`: 1 for training, 2 for testing, 0 for neither."""
+    ending = f"_test_split{number}.txt"
+    files = sorted(splits.glob(f"*{ending}"))
+    if not files:
+        raise Stop(f"{splits}: no file *{ending} in it; HMDB51 has the splits 1, 2 and 3, as in {splits}:2")
+    wanted, videos = {"train": "1", "val": "2", "test": "2"}.get(split, "12"), {}
+    for file in files:
+        name = file.name.removesuffix(ending)
+        marks = [line.rsplit(maxsplit=1) for line in _read_lines(file)]
+        wrong = [line for line in marks if len(line) != 2 or line[1] not in ("0", "1", "2")]
+        if wrong:
+            raise Stop(f"{file}: {' '.join(wrong[0])!r} is not a video and its mark, 0, 1 or 2")
+        videos[name] = [root / name / video for video, mark in marks if mark in wanted]
+    return videos
+
+
+def _read_csv(root: Path, split: str | None, listing: Path) -> dict[str, list[Path]]:
+    try:
+        with listing.open(newline="", encoding="utf-8-sig") as file:
+            first, *rows = [row for row in csv.reader(file) if row] or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise Stop(f"{listing}: not a readable CSV file ({error})") from None
+    if {"label", "youtube_id"} <= set(first):
+        return _group_kinetics(root, split, listing, [dict(zip(first, row, strict=False)) for row in rows])
+    if len(first) > 1 and Path(first[0]).suffix.lower() in EXTENSIONS and all(len(row) > 1 for row in rows):
+        # Moments in Time: the file, with or without its class folder, and the class.
+        inner = _class_folders(root, split)
+        named = [(name if "/" in name else f"{own}/{name}", own) for name, own, *_ in [first, *rows]]
+        return _group((_below(root, inner, name), own) for name, own in named)
+    raise Stop(
+        f"{listing}: neither a Kinetics CSV (its first line names the columns label and youtube_id) "
+        "nor one of Moments in Time (lines of class/file.mp4,class,...)"
+    )
+
+
+def _group_kinetics(root: Path, split: str | None, listing: Path, rows: list[dict[str, str]]) -> dict[str, list[Path]]:
+    """The videos that are there: what YouTube no longer has is missing from everyone's copy."""
+    files = {path.stem: path for path in _find_files(root)}
+    videos: dict[str, list[Path]] = {}
+    for number, row in enumerate(rows, 2):
+        if split is not None and row.get("split") and row["split"] not in _spellings(split):
+            continue
+        try:
+            stem, own = row["youtube_id"], videos.setdefault(row["label"], [])
             if row.get("time_start"):
                 stem += f"_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
-            path = files.get(stem) or files.get(row["youtube_id"])
-            if path is not None:
-                entries.append((path, row["label"]))
-    return entries
+        except (KeyError, ValueError):
+            raise Stop(f"{listing}: row {number} is not a row of Kinetics' CSV ({', '.join(row.values())})") from None
+        path = files.get(stem) or files.get(row["youtube_id"])
+        if path is not None:
+            own.append(path)
+    return videos

@@ -18,6 +18,7 @@ from extraction.preprocess import Preprocessed
 from extraction.weights import fingerprint, load_strictly, read_metadata, read_state
 
 ANSWERS = ("logits", "probs", "top5", "label")
+_TOLERANCE = 1e-3  # beyond [0, 1]: rounding in half precision, not a wrong scale
 _PACKAGE = Path(__file__).parent
 _MOVINET_URL = "https://storage.googleapis.com/tf_model_garden/vision/movinet"
 _TFHUB_URL = "https://tfhub.dev/tensorflow/movinet"
@@ -27,7 +28,8 @@ _SWIN_URL = "https://github.com/SwinTransformer/storage/releases/download/v1.0.4
 class VictimModel(nn.Module):
     """A victim's model with its preprocessing: float (B, 3, T, H, W) RGB in [0, 1] -> logits (B, num_classes).
 
-    `classes` are the class names in the order of the logits, `fingerprint` says which weights these are.
+    `classes` are the class names in the order of the logits, `fingerprint` says which weights these are. Raises Stop for
+    clips outside [0, 1]: brightness from 0 to 255, or what was normalised already, would get answers that mean nothing.
     """
 
     def __init__(self, model: Preprocessed, classes: list[str], name: str, fingerprint: str):
@@ -36,7 +38,15 @@ class VictimModel(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, clips: Tensor) -> Tensor:
-        return self.model(clips)
+        extremes = torch.stack(clips.aminmax()) if len(clips) else clips.new_zeros(2)
+        logits = self.model(clips)
+        low, high = extremes.tolist()  # read after the model is launched, so that a GPU need not wait
+        if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):  # NaN is refused too
+            raise Stop(
+                f"clips reach from {low:.4g} to {high:.4g}, a victim takes RGB in [0, 1]: divide 0..255 by 255, and leave "
+                "normalising to the victim; nothing was billed"
+            )
+        return logits
 
 
 def _kinetics400_classes() -> list[str]:
@@ -138,6 +148,12 @@ def _load_mmaction(config: str, weights: Path) -> tuple[Preprocessed, list[str]]
     return mmaction.load_recognizer(config, weights)
 
 
+def _load_pytorchvideo(name: str, weights: Path) -> tuple[Preprocessed, list[str]]:
+    from extraction.victims import pytorchvideo
+
+    return pytorchvideo.load_hub_model(name, weights)
+
+
 def _published_swin(size: str) -> tuple[Callable, Path, str]:
     name = f"swin_{size}_patch244_window877_kinetics400_1k.pth"
     return lambda path: _load_swin(f"swin_{size[0]}", path), Path("weights") / name, f"{_SWIN_URL}/{name}"
@@ -177,6 +193,7 @@ VICTIMS: dict[str, tuple[Callable, Path | None, str]] = {
 FAMILIES: dict[str, tuple[Callable, str]] = {
     "torchvision": (_load_torchvision, "torchvision's weights of that model"),
     "mmaction2": (_load_mmaction, "the checkpoint that belongs to that config file"),
+    "pytorchvideo": (_load_pytorchvideo, "pytorchvideo's model zoo, Kinetics-400"),
 }
 
 
@@ -186,7 +203,7 @@ def _find_victim(name: str) -> tuple[Callable, Path | None, str]:
         load, source = FAMILIES[family]
         return partial(load, member), None, source
     if name not in VICTIMS:
-        known = [*VICTIMS, "torchvision:<name>", "mmaction2:<config file>"]
+        known = [*VICTIMS, "torchvision:<name>", "mmaction2:<config file>", "pytorchvideo:<hub name>"]
         raise Stop(f"no victim is called {name!r}; there are {', '.join(known)}")
     return VICTIMS[name]
 

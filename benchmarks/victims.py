@@ -1,0 +1,123 @@
+"""How fast victims answer, in clips a second, and our MoViNet-A2 beside Google's SavedModel on the same clips.
+
+python benchmarks/victims.py
+python benchmarks/victims.py --saved-model weights/movinet_a2_base_kinetics-600_classification_3 --threads 1
+
+Published victims get random weights: they are as fast as trained ones. A GPU shows float32 and bfloat16 (autocast) with
+their peak memory. The comparison is made on the CPU, where the SavedModel runs, and needs `pip install -e '.[tensorflow]'`.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from extraction.errors import Stop
+from extraction.preprocess import Preprocessed
+from extraction.runs import check_at_least, choose_device, run_script
+from extraction.victims import KNOWN_CLASSES, VICTIMS, VictimModel, load_model, movinet, swin
+
+
+@dataclass(frozen=True)
+class Config:
+    victims: tuple[str, ...] = ()
+    """Time only these."""
+    saved_model: str | None = None
+    """Compare with this SavedModel of MoViNet-A2 (an unpacked folder) instead."""
+    batch_size: int | None = None
+    """Clips of a batch; by default 16 on a GPU and for the demo's victims, else 1."""
+    repeats: int = 3
+    """Batches timed after the first one, which warms up; the best counts."""
+    threads: int | None = None
+    """Threads that PyTorch and TensorFlow may each use on a CPU; by default what they take."""
+    device: str = "auto"
+
+
+def create_swin(architecture: str) -> VictimModel:
+    model = Preprocessed(swin.create_swin(architecture, 400), 32, 224, swin.MEAN, swin.STD)
+    return VictimModel(model, KNOWN_CLASSES["k400"](), architecture, "random")
+
+
+def create_movinet(model_id: str, size: int) -> VictimModel:
+    model = Preprocessed(movinet.MoViNet(model_id).eval().fuse(), 50, size)
+    return VictimModel(model, KNOWN_CLASSES["k600"](), model_id, "random")
+
+
+CREATE: dict[str, Callable[[], VictimModel]] = {
+    **{name: partial(load_model, name) for name in ("demo_swin", "demo_movinet") if VICTIMS[name][1].exists()},
+    **{f"{name}_k400": partial(create_swin, name) for name in ("swin_t", "swin_s", "swin_b")},
+    "movinet_a0_k600": partial(create_movinet, "a0", 172),
+    "movinet_a1_k600": partial(create_movinet, "a1", 172),
+    "movinet_a2_k600": partial(create_movinet, "a2", 224),
+}
+
+
+@torch.no_grad()
+def time_batch(model: VictimModel, clips: torch.Tensor, precision: torch.dtype = torch.float32) -> tuple[float, torch.Tensor]:
+    """Seconds for the logits of a batch, and those."""
+    begin = time.perf_counter()
+    with torch.autocast(clips.device.type, precision, enabled=precision != torch.float32):
+        logits = model(clips)
+    if clips.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin, logits
+
+
+def time_victims(config: Config, device: torch.device) -> None:
+    unknown = set(config.victims) - set(CREATE)
+    if unknown:
+        raise Stop(f"--victims {' '.join(sorted(unknown))}: there are {', '.join(CREATE)}")
+    on_gpu = device.type == "cuda"
+    for name in config.victims or CREATE:
+        model = CREATE[name]().to(device)
+        batch = config.batch_size or (16 if on_gpu or name.startswith("demo") else 1)
+        length, size = model.model.num_frames, model.model.size
+        clips = torch.rand(batch, 3, length, size, size, device=device)
+        for precision in (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,):
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            time_batch(model, clips, precision)
+            seconds = min(time_batch(model, clips, precision)[0] for _ in range(config.repeats))
+            memory = f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""
+            shape = f"{batch}x{length}x{size}x{size}"
+            print(f"{name:16} {batch / seconds:9.2f} clips/s, {shape}, {str(precision)[6:]}{memory}", flush=True)
+
+
+def compare(folder: str, config: Config) -> None:
+    """Ours and TensorFlow's in turn, with the same weights, so that a slow moment of the machine hits both."""
+    try:
+        import tensorflow as tf
+    except ImportError as error:
+        raise Stop(f"the comparison needs tensorflow ({error}): pip install -e '.[tensorflow]'") from None
+    if config.threads:
+        tf.config.threading.set_intra_op_parallelism_threads(config.threads)
+        tf.config.threading.set_inter_op_parallelism_threads(config.threads)
+    models = {"ours": load_model("movinet_a2_k600", folder), "SavedModel": load_model("movinet_a2_k600_tfhub", folder)}
+    clips = torch.rand(config.batch_size or 1, 3, 50, 224, 224)
+    best, logits = dict.fromkeys(models, float("inf")), {}
+    for turn in range(1 + config.repeats):
+        for name, model in models.items():
+            seconds, logits[name] = time_batch(model, clips)
+            if turn:  # the first one warms up: TensorFlow traces and compiles
+                best[name] = min(best[name], seconds)
+    for name, seconds in best.items():
+        print(f"{name:12} {len(clips) / seconds:9.3f} clips/s, {len(clips)}x50x224x224 in {seconds:.2f} s")
+    difference = (logits["ours"] - logits["SavedModel"]).abs().max()
+    print(f"ours takes {best['ours'] / best['SavedModel']:.3f} of the SavedModel's time; ", end="")
+    print(f"logits differ by at most {difference:.1e} (they spread by {logits['SavedModel'].std():.2f})")
+
+
+def main(config: Config) -> None:
+    check_at_least(config, 1, "batch_size", "repeats", "threads")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.saved_model:
+        compare(config.saved_model, config)
+    else:
+        time_victims(config, choose_device(config.device))
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -1,0 +1,88 @@
+"""Class-balanced subsets: the list of a labelled folder's "5 %" or "10 %", written once so that it can be cited.
+
+    python -m extraction.data.subsets datasets/kinetics400 --split train --share 0.05 --out kinetics400_5per.txt
+
+Every class gives the same share of its videos, to one video and at least one. Scripts take the list as `--own-list`,
+`--val-list` or `--data-list`. Videos are ranked by a hash of the seed and their path, so that the same folder gives the
+same list on every machine, and a smaller share of the same seed is part of a larger one.
+"""
+
+import hashlib
+import math
+import sys
+from pathlib import Path
+
+from extraction.data.folders import SPLITS, group_videos, normalise_class, refuse_empty_classes, require_folder
+from extraction.errors import Stop
+from extraction.weights import write_atomically
+
+
+def choose_share(videos: dict[str, list[str]], share: float, seed: int = 0) -> dict[str, list[str]]:
+    """Draw round(share * n) of each class's n names, at least one, sorted. Neither order matters."""
+
+    def rank(name: str) -> bytes:
+        return hashlib.blake2b(f"{seed}|{name}".encode(errors="surrogateescape"), digest_size=16).digest()
+
+    return {
+        own: sorted(sorted(names, key=rank)[: max(1, math.floor(share * len(names) + 0.5))])
+        for own, names in sorted(videos.items())
+    }
+
+
+def write_subset(
+    folder: str, /, out: str, share: float = 0.05, seed: int = 0, split: str | None = None, listing: str | None = None
+) -> None:
+    """Write the list of a class-balanced share of a labelled folder.
+
+    Args:
+        folder: Videos in class folders, as every script takes them.
+        out: The text file to write: paths below the folder, one per line.
+        share: Fraction of each class, above 0 and up to 1.
+        seed: Another seed draws other videos.
+        split: Draw from this half only: train or val.
+        listing: Draw only from the videos that this list names: a text file, a CSV, or HMDB51's folder of splits.
+    """
+    if not 0 < share <= 1:
+        raise Stop(f"--share {share}: write a fraction above 0 and up to 1, such as 0.05")
+    root = require_folder(folder, "labelled videos, in class folders,")
+    where, videos = group_videos(root, split, listing)
+    refuse_empty_classes(where, videos)
+    names = {own: [path.relative_to(root).as_posix() for path in paths] for own, paths in videos.items()}
+    _refuse_unreadable(where, names)
+    chosen = choose_share(names, share, seed)
+    total, num_chosen = (sum(map(len, classes.values())) for classes in (names, chosen))
+    origin = "".join(f", {name} {value}" for name, value in (("split", split), ("list", listing)) if value)
+    lines = [
+        f"# {100 * share:g} % of each class of {folder}{origin}, seed {seed}: {num_chosen} of {total} videos, "
+        f"{len(chosen)} classes",
+        "# made by python -m extraction.data.subsets",
+        *(name for own in chosen.values() for name in own),
+    ]
+    text = "\n".join(lines) + "\n"
+    write_atomically(out, lambda file: file.write(text.encode(errors="surrogateescape")))
+    print(f"{out}: {num_chosen} of {total} videos, {len(chosen)} classes")
+
+
+def _refuse_unreadable(where: Path, names: dict[str, list[str]]) -> None:
+    """A list of paths says a video's class by its folder."""
+    halves = [name for name in names if name in sum(SPLITS.values(), ())]
+    if halves:
+        raise Stop(f"{where}: {', '.join(halves)} are halves, not classes; pass --split train or --split val")
+    for own, paths in names.items():
+        for path in paths:
+            if normalise_class(own) not in map(normalise_class, Path(path).parts[:-1]):
+                raise Stop(f"{where}: {path} of class {own!r} is in no folder of that name; lay it out as class/video")
+
+
+def _main() -> None:
+    import tyro
+
+    try:
+        tyro.cli(write_subset, description=__doc__)
+    except Stop as error:
+        print(f"subsets: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    _main()
