@@ -15,7 +15,7 @@ demo: setup
 
 test: setup
 	@$(PYTHON) -m ruff check .
-	@$(PYTHON) -m pytest -q
+	@$(PYTHON) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	@$(PYTHON) -m ruff check .

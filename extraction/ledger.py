@@ -5,8 +5,9 @@ about, billed and kept. The answer and its bill are written in one transaction, 
 whenever the process is killed.
 
 Probabilities are kept in 16 bits, as -log p in steps of 1/2048 (a relative error of at most 0.025 %; 0 stays 0), logits
-as float32, labels as int32. What a run trains on is always what the ledger holds, so a replayed answer equals the first
-bit for bit.
+as float32, labels as int32. An `exact` ledger keeps probabilities as float32 too: differences between the answers to
+nearly equal clips drown in 16 bits. What a run trains on is always what the ledger holds, so a replayed answer equals the
+first bit for bit.
 """
 
 import json
@@ -61,18 +62,27 @@ class Ledger:
     """A victim's answers with memory: `query(clips, keys) -> answers`.
 
     `open_victim(num_queries)` opens the door, told what earlier lives of the run have spent. When the victim's weights are
-    not there but the ledger holds answers, it serves those alone. Raises Stop when the file is not a ledger or holds
-    answers of another victim or another surface.
+    not there but the ledger holds answers, it serves those alone. `exact` keeps float32 of everything. Raises Stop when the
+    file is not a ledger or holds answers of another victim, another surface or in another way.
     """
 
-    def __init__(self, path: str | Path, open_victim: Callable[[int], Any], answers: str, decimals: int | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        open_victim: Callable[[int], Any],
+        answers: str,
+        decimals: int | None = None,
+        exact: bool = False,
+    ):
         self.path, self.answers, self.decimals = Path(path), answers, decimals
+        self._layout = "logits" if exact and answers != "label" else answers  # probabilities packed as logits are
         self._database = _connect(self.path)
         kept = dict(self._database.execute("SELECT name, value FROM about"))
         self._num_queries = int(kept.get("num_queries", 0))
         if kept:
             self._check("answers", kept["answers"], answers)
             self._check("decimals", kept["decimals"], str(decimals))
+            self._check("answers packed as", _layout(kept), self._layout)
         try:
             self._victim = open_victim(self._num_queries)
         except Stop as error:
@@ -85,6 +95,7 @@ class Ledger:
             about = dict(
                 answers=answers,
                 decimals=str(decimals),
+                layout=self._layout,
                 victim=self._victim.name,
                 fingerprint=self._victim.fingerprint,
                 classes=json.dumps(self._victim.classes),
@@ -154,7 +165,7 @@ class Ledger:
         new = {key: i for i, key in enumerate(keys) if key not in known}
         if new:
             known |= self._pay(clips, new)
-        return decode_answers([known[key] for key in keys], self.answers, self.decimals).to(clips.device)
+        return decode_answers([known[key] for key in keys], self._layout, self.decimals).to(clips.device)
 
     def _pay(self, clips: Tensor, new: dict[bytes, int]) -> dict[bytes, bytes]:
         if self._victim is None:
@@ -164,7 +175,7 @@ class Ledger:
 
     def _keep(self, keys: Iterable[bytes], answers: Tensor) -> dict[bytes, bytes]:
         """Write new answers and their bill in one transaction."""
-        rows = dict(zip(keys, encode_answers(answers, self.answers), strict=True))
+        rows = dict(zip(keys, encode_answers(answers, self._layout), strict=True))
         try:
             with self._database:
                 self._database.executemany("INSERT INTO answers (key, answer) VALUES (?, ?)", rows.items())
@@ -175,6 +186,18 @@ class Ledger:
             raise Stop(f"cannot write {self.path}: {error}; make room, then run again: nothing is paid twice") from None
         self._num_queries += len(rows)
         return rows
+
+    def forget(self, before: bytes) -> None:
+        """Drop the answers whose keys sort before `before`; the bill stays.
+
+        For loops of millions of queries whose keys begin with their step: once the state after a step is on the disk,
+        what led to it is never asked for again. A crash in between leaves answers that the next call drops.
+        """
+        try:
+            with self._database:
+                self._database.execute("DELETE FROM answers WHERE key < ?", (before,))
+        except sqlite3.Error as error:
+            raise Stop(f"cannot write {self.path}: {error}; make room, then run again: nothing is paid twice") from None
 
     def referee_answers(self, keys: Sequence[bytes], compute: Callable[[], Tensor]) -> Tensor:
         """The referee's own (B, num_classes) probabilities for held-out clips: unmetered, kept apart, never trained on."""
@@ -191,6 +214,10 @@ class Ledger:
 
     def close(self) -> None:
         self._database.close()
+
+
+def _layout(about: dict[str, str]) -> str:
+    return about.get("layout", about["answers"])
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -232,7 +259,7 @@ def show(ledger: str, /, limit: int = 20) -> None:
     database, about = _open_existing(ledger)
     classes = json.loads(about["classes"])
     for key, answer in database.execute("SELECT key, answer FROM answers ORDER BY id LIMIT ?", (limit,)):
-        said = decode_answers([answer], about["answers"])[0]
+        said = decode_answers([answer], _layout(about))[0]
         top = int(said if about["answers"] == "label" else said.argmax())
         share = "" if about["answers"] in ("label", "logits") else f" {100 * float(said[top]):.1f} %"
         print(f"{key.hex()}  {classes[top]}{share}")
@@ -243,7 +270,7 @@ def verify(ledger: str, /) -> None:
     database, about = _open_existing(ledger)
     problems = [line for (line,) in database.execute("PRAGMA integrity_check") if line != "ok"]
     num_classes = len(json.loads(about["classes"]))
-    width = {"label": 4, "logits": 4 * num_classes}.get(about["answers"], 2 * num_classes)
+    width = {"label": 4, "logits": 4 * num_classes}.get(_layout(about), 2 * num_classes)
     odd = database.execute("SELECT count(*) FROM answers WHERE length(answer) != ?", (width,)).fetchone()[0]
     rows = database.execute("SELECT count(*) FROM answers").fetchone()[0]
     if odd:
@@ -259,7 +286,7 @@ def export(ledger: str, out: str, /) -> None:
     """Write the answers to OUT: .npz (keys, answers), or .parquet (needs pyarrow)."""
     database, about = _open_existing(ledger)
     keys, rows = zip(*database.execute("SELECT key, answer FROM answers ORDER BY id"), strict=True)
-    answers = decode_answers(rows, about["answers"]).numpy()
+    answers = decode_answers(rows, _layout(about)).numpy()
     hexed = np.array([key.hex() for key in keys])
     if out.endswith(".npz"):
         np.savez_compressed(out, keys=hexed, answers=answers, classes=np.array(json.loads(about["classes"])))
@@ -282,6 +309,8 @@ def merge(into: str, other: str, /) -> int:
     for name in ("victim", "fingerprint", "answers", "decimals", "classes"):
         if about[name] != theirs[name]:
             raise Stop(f"{into} and {other} differ in {name}: {about[name][:60]} and {theirs[name][:60]}")
+    if _layout(about) != _layout(theirs):
+        raise Stop(f"one of {into} and {other} is exact (float32), the other is not")
     database.execute("ATTACH ? AS other", (other,))
     with database:
         added = database.execute(

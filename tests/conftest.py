@@ -1,5 +1,9 @@
 """What the tests share: a small demo set, drawn once, and one thread, so that they run alike everywhere."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the scripts that tests start: a worker a core
+
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,7 @@ from extraction.data.demo import write_demo_set
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,141 @@
+"""MoViNet-A2 into R3D-18 without any data: first a generator that the victim names as asked, then a student of its clips.
+
+    python black_box/conditional_gan_with_movinet.py --demo
+    python black_box/conditional_gan_with_movinet.py --val datasets/kinetics600_val
+
+First the class-conditional generator learns, from the victim's answers alone, to make clips that the victim names as the
+class they were asked for: it lowers -log p(class), its gradient estimated by forward differences. Then it stays as it
+is, and the student learns from the answers to its clips. The bill, with m directions:
+
+    num_queries = batch_size * (generator_iterations * (1 + m) + iterations * student_steps)
+
+No number was reported against MoViNet. The demo has a generator of few numbers, `layered`, which knows that something
+moves in front of something else.
+"""
+
+from dataclasses import dataclass
+
+from extraction.data.demo import ATTACK_SPLITS, write_demo_set
+from extraction.data_free import METHODS, SCHEDULES, Attacker, create_optimizer, extract
+from extraction.errors import Stop
+from extraction.generators import create_generator
+from extraction.report import finish, print_results
+from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
+from extraction.setting import open_setting
+from extraction.students import create_student
+
+
+@dataclass(frozen=True)
+class Config:
+    victim: str = "movinet_a2_k600"
+    victim_weights: str | None = None
+    """Weight file of the victim; by default its usual place under weights/."""
+    answers: str = "probs"
+    """What the victim gives away: logits, probs or top5: a label alone has no slope."""
+    query_budget: int | None = None
+    """Stop before more than this many clips are answered."""
+    student: str = "r3d_18"
+    student_weights: str | None = None
+    generator: str = "dvdgan"
+    """dvdgan, deconv (a simple 3D deconvolution), layered (a patch before a background), or their _small ones."""
+    val: str = "datasets/kinetics600_val"
+    """Held-out labelled videos that score the student; nothing is chosen by them."""
+    val_list: str | None = None
+    min_victim_top1: float | None = None
+    """Pay nothing unless the victim is at least so good on --val; by default three times chance, 0 switches it off."""
+    num_frames: int = 16
+    stride: int = 2
+    """Of the held-out videos' frames."""
+    size: int = 112
+    generator_iterations: int = 400
+    """Of the generator alone, first."""
+    iterations: int = 800
+    """Of the student alone, then."""
+    batch_size: int = 128
+    student_steps: int = 5
+    replay_steps: int = 10
+    num_directions: int = 10
+    """Of the estimate."""
+    smoothing: float = 1e-3
+    """How far the estimate's clips are moved, before the sigmoid."""
+    replay_clips: int = 8192
+    """How many answered clips are kept for replay; they take 3 * T * H * W bytes each."""
+    optimizer: str = "adam"
+    """adam, or sgd with momentum 0.9."""
+    student_lr: float = 1e-3
+    generator_lr: float = 1e-5
+    weight_decay: float = 5e-4
+    score_every: int = 100_000
+    """Score the student every so many queries."""
+    seed: int = 0
+    device: str = "auto"
+    num_workers: int = 8
+    checkpoint_seconds: float = 600.0
+    out_dir: str = "runs/conditional_gan_with_movinet"
+    demo: bool = False
+    """Run on the embedded demo set and victim: minutes on two CPU cores."""
+
+
+DEMO = dict(
+    demo=True, victim="demo_movinet", student="r2plus1d_tiny", generator="layered", val="datasets/demo/val", stride=1, size=48,
+    generator_iterations=20, iterations=50, batch_size=32, replay_steps=6, num_directions=4, smoothing=0.03,
+    replay_clips=1024, student_lr=2e-3, generator_lr=1e-3, score_every=3200, num_workers=1, checkpoint_seconds=15.0,
+    out_dir="runs/conditional_gan_with_movinet_demo",
+)  # fmt: skip
+
+
+def main(config: Config) -> dict:
+    check_at_least(
+        config, 1, "iterations", "student_steps", "batch_size", "num_frames", "stride", "size", "num_directions", "score_every"
+    )
+    check_at_least(config, 0, "query_budget", "generator_iterations", "replay_steps", "num_workers")
+    check_at_least(config, 1e-6, "smoothing")
+    if config.answers == "label":
+        raise Stop("--answers label: the generator needs to see how near a clip is to its class; use probs, logits or top5")
+    if config.demo:
+        write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})
+    device = choose_device(config.device)
+    run = Run("conditional_gan_with_movinet", config.out_dir, config, config.checkpoint_seconds)
+    if run.finished:
+        return print_results(run.finished)
+    victim, referee = open_setting(
+        run, device, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
+        query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
+        num_frames=config.num_frames, stride=config.stride, size=config.size, batch_size=config.batch_size,
+        num_workers=config.num_workers, exact=True,
+    )  # fmt: skip
+    set_seed(config.seed)
+    student = create_student(config.student, victim.num_classes, config.student_weights).to(device)
+    generator = create_generator(config.generator, victim.num_classes, config.num_frames, config.size).to(device)
+    attacker = Attacker(
+        victim, student, generator,
+        create_optimizer(config.optimizer, student.parameters(), config.student_lr, config.weight_decay),
+        create_optimizer(config.optimizer, generator.parameters(), config.generator_lr, config.weight_decay),
+        METHODS["maze"], clip_shape=(3, config.num_frames, config.size, config.size), batch_size=config.batch_size,
+        replay_clips=config.replay_clips if config.replay_steps else 0, seed=config.seed,
+    )  # fmt: skip
+
+    def iterate(attacker: Attacker, iteration: int) -> None:
+        if iteration < config.generator_iterations:
+            attacker.step_generator(attacker.naming, config.num_directions, config.smoothing)
+            return
+        for _ in range(config.student_steps):
+            attacker.step_student()
+        for _ in range(config.replay_steps):
+            attacker.step_replay()
+
+    def rate(iteration: int) -> float:
+        own = iteration - config.generator_iterations
+        return SCHEDULES["cosine"](own / config.iterations if own >= 0 else iteration / config.generator_iterations)
+
+    history, stopped = extract(
+        run, attacker, iterate, referee.score, iterations=config.generator_iterations + config.iterations,
+        num_planned=config.batch_size
+        * (config.generator_iterations * (1 + config.num_directions) + config.iterations * config.student_steps),
+        rate=rate, score_every=config.score_every,
+    )  # fmt: skip
+    return finish(run, student, victim, referee, history, stopped)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, DEMO)

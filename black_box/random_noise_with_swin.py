@@ -1,0 +1,114 @@
+"""Random noise against Video Swin: what a student learns from answers to clips of nothing. The baseline without data.
+
+    python black_box/random_noise_with_swin.py --demo
+    python black_box/random_noise_with_swin.py --val datasets/kinetics400_val
+
+Every pixel of every frame is drawn from a normal distribution around grey, clipped to 0..1. The bill:
+
+    num_queries = iterations * batch_size * student_steps
+
+The 2022 report had 1.26 top-5 / 0.27 top-1 on Kinetics-400: chance is 1.25 / 0.25. The demo ends at 9.2 %
+agreement@1 (8.3 top-1) after 3 200 queries, chance 8.3.
+"""
+
+from dataclasses import dataclass
+
+from extraction.data.demo import ATTACK_SPLITS, write_demo_set
+from extraction.data_free import METHODS, SCHEDULES, Attacker, create_optimizer, extract
+from extraction.generators import create_generator
+from extraction.report import finish, print_results
+from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
+from extraction.setting import open_setting
+from extraction.students import create_student
+
+
+@dataclass(frozen=True)
+class Config:
+    victim: str = "swin_b_k400"
+    victim_weights: str | None = None
+    """Weight file of the victim; by default its usual place under weights/."""
+    answers: str = "probs"
+    """What the victim gives away: logits, probs, top5 or label."""
+    query_budget: int | None = None
+    """Stop before more than this many clips are answered."""
+    student: str = "r3d_18"
+    student_weights: str | None = None
+    val: str = "datasets/kinetics400_val"
+    """Held-out labelled videos that score the student; nothing is chosen by them."""
+    val_list: str | None = None
+    min_victim_top1: float | None = None
+    """Pay nothing unless the victim is at least so good on --val; by default three times chance, 0 switches it off."""
+    num_frames: int = 16
+    stride: int = 2
+    """Of the held-out videos' frames."""
+    size: int = 112
+    iterations: int = 500
+    batch_size: int = 128
+    student_steps: int = 5
+    replay_steps: int = 10
+    replay_clips: int = 8192
+    """How many answered clips are kept for replay; they take 3 * T * H * W bytes each."""
+    optimizer: str = "adam"
+    """adam, or sgd with momentum 0.9."""
+    student_lr: float = 1e-3
+    weight_decay: float = 5e-4
+    score_every: int = 100_000
+    """Score the student every so many queries."""
+    seed: int = 0
+    device: str = "auto"
+    num_workers: int = 8
+    checkpoint_seconds: float = 600.0
+    out_dir: str = "runs/random_noise_with_swin"
+    demo: bool = False
+    """Run on the embedded demo set and victim: minutes on two CPU cores."""
+
+
+DEMO = dict(
+    demo=True, victim="demo_swin", student="r2plus1d_tiny", val="datasets/demo/val", stride=1, size=48, iterations=20,
+    batch_size=32, replay_steps=3, replay_clips=1024, student_lr=2e-3, score_every=1600, num_workers=1,
+    checkpoint_seconds=15.0, out_dir="runs/random_noise_with_swin_demo",
+)  # fmt: skip
+
+
+def main(config: Config) -> dict:
+    check_at_least(config, 1, "iterations", "batch_size", "num_frames", "stride", "size", "student_steps", "score_every")
+    check_at_least(config, 1, "replay_clips")
+    check_at_least(config, 0, "query_budget", "replay_steps", "num_workers")
+    if config.demo:
+        write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})
+    device = choose_device(config.device)
+    run = Run("random_noise_with_swin", config.out_dir, config, config.checkpoint_seconds)
+    if run.finished:
+        return print_results(run.finished)
+    victim, referee = open_setting(
+        run, device, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
+        query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
+        num_frames=config.num_frames, stride=config.stride, size=config.size, batch_size=config.batch_size,
+        num_workers=config.num_workers, exact=True,
+    )  # fmt: skip
+    set_seed(config.seed)
+    student = create_student(config.student, victim.num_classes, config.student_weights).to(device)
+    generator = create_generator("noise", victim.num_classes, config.num_frames, config.size).to(device)
+    attacker = Attacker(
+        victim, student, generator,
+        create_optimizer(config.optimizer, student.parameters(), config.student_lr, config.weight_decay),
+        None, METHODS["maze"], clip_shape=(3, config.num_frames, config.size, config.size), batch_size=config.batch_size,
+        replay_clips=config.replay_clips if config.replay_steps else 0, seed=config.seed,
+    )  # fmt: skip
+
+    def iterate(attacker: Attacker, iteration: int) -> None:
+        for _ in range(config.student_steps):
+            attacker.step_student()
+        for _ in range(config.replay_steps):
+            attacker.step_replay()
+
+    history, stopped = extract(
+        run, attacker, iterate, referee.score, iterations=config.iterations,
+        num_planned=config.iterations * config.batch_size * config.student_steps,
+        rate=lambda iteration: SCHEDULES["cosine"](iteration / config.iterations), score_every=config.score_every,
+    )  # fmt: skip
+    return finish(run, student, victim, referee, history, stopped)
+
+
+if __name__ == "__main__":
+    run_script(main, Config, DEMO)
