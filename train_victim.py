@@ -4,7 +4,7 @@
     python grey_box/swin_to_r21_kd.py --victim trained --victim-weights runs/my_victim/victim.safetensors ...
 
 The demo's victims, `extraction/victims/demo_*.safetensors`, were made by `python train_victim.py --demo` and
-`python train_victim.py --demo --architecture movinet_demo --out-dir runs/train_victim_movinet_demo`.
+`python train_victim.py --demo --architecture movinet_demo --size 32 --epochs 1 --batch-size 32 --out-dir runs/movinet_demo`.
 """
 
 from dataclasses import dataclass

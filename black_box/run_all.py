@@ -29,6 +29,8 @@ PUBLISHED = {
 class Config:
     seeds: tuple[int, ...] = (0,)
     """With several, the table has their mean and standard deviation."""
+    only: tuple[str, ...] = ()
+    """Run and tabulate only these experiments."""
     out_dir: str = "runs/black_box"
     demo: bool = False
     """Run on the embedded demo set and victims: about half an hour on two CPU cores."""
@@ -39,7 +41,7 @@ DEMO = dict(demo=True, out_dir="runs/black_box_demo")
 
 def main(config: Config) -> str:
     experiments = [Experiment(name, f"black_box/{name}.py", published) for name, published in PUBLISHED.items()]
-    return run_all(experiments, config.out_dir, config.demo, config.seeds)
+    return run_all(experiments, config.out_dir, config.demo, config.seeds, config.only)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,19 @@ class Experiment(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
-def run_all(experiments: Sequence[Experiment], out_dir: str | Path, demo: bool, seeds: Sequence[int]) -> str:
+def run_all(
+    experiments: Sequence[Experiment], out_dir: str | Path, demo: bool, seeds: Sequence[int], only: Sequence[str] = ()
+) -> str:
     """Run every experiment with every seed, each in a process and a run folder of its own: `out_dir/seed_0/name`.
 
-    What is finished is not run again, what was interrupted goes on. Writes and prints the table, and returns it. Raises
-    Stop at the end, with their names, when experiments failed; the others are in the table all the same.
+    What is finished is not run again, what was interrupted goes on. Writes and prints the table, and returns it. `only`
+    names the experiments to take. Raises Stop for a name that is none, and at the end, with their names, when experiments
+    failed; the others are in the table all the same.
     """
+    unknown = set(only) - {experiment.name for experiment in experiments}
+    if unknown:
+        raise Stop(f"no experiment is called {min(unknown)}; there are {', '.join(e.name for e in experiments)}")
+    experiments = [experiment for experiment in experiments if not only or experiment.name in only]
     failed = []
     for seed in seeds:
         runs = Path(out_dir) / f"seed_{seed}"

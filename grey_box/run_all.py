@@ -49,6 +49,8 @@ def list_experiments(demo: bool) -> list[Experiment]:
 class Config:
     seeds: tuple[int, ...] = (0,)
     """With several, the table has their mean and standard deviation."""
+    only: tuple[str, ...] = ()
+    """Run and tabulate only these experiments."""
     out_dir: str = "runs/grey_box"
     demo: bool = False
     """Run on the embedded demo set and victims: about half an hour on two CPU cores."""
@@ -58,7 +60,7 @@ DEMO = dict(demo=True, out_dir="runs/grey_box_demo")
 
 
 def main(config: Config) -> str:
-    return run_all(list_experiments(config.demo), config.out_dir, config.demo, config.seeds)
+    return run_all(list_experiments(config.demo), config.out_dir, config.demo, config.seeds, config.only)
 
 
 if __name__ == "__main__":
