@@ -52,7 +52,7 @@ def test_a_failure_is_named_and_only_what_is_missing_runs_again(experiments, tmp
     argv = json.loads((runs / "seed_1" / "second" / "results.json").read_text())["argv"]
     assert argv[argv.index("--from") + 1] == f"{runs}/seed_1/first/student"
     assert "--demo" in argv
-    assert "| second" not in run_all(experiments, runs, True, (0,), ("first",))
+    assert "| second |" not in run_all(experiments, runs, True, (0,), ("first",))
     with pytest.raises(Stop, match="no experiment is called third; there are first, second"):
         run_all(experiments, runs, True, (0,), ("third",))
 
