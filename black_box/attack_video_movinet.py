@@ -12,6 +12,8 @@ in it, with m directions:
 MAZE's published constants make that 2 048 queries an iteration. The 2022 report had 4.13 top-5 on Kinetics-600
 after about 1 M queries (chance is 0.83); its generator mixed frames and channels, so expect other numbers. The demo has a
 generator of few numbers, `layered`, which knows that something moves in front of something else.
+
+The demo: 12.5 top-1, 13.3 agreement@1 after 12 800 queries (victim 92.5, chance 8.3; README).
 """
 
 from dataclasses import dataclass

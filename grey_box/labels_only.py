@@ -3,6 +3,8 @@
     python grey_box/labels_only.py --demo
 
 What an attack gains over this is what the victim's answers were worth.
+
+The demo: 47.1 top-1 after 0 queries (chance 8.3; README).
 """
 
 from dataclasses import dataclass

@@ -7,6 +7,8 @@ As `swin_to_r21.py` on the augmented 5 %, and a share of each batch is crafted f
 step along the sign of the student's Jacobian (JBDA), or steps toward a random class (T-RND). Each crafted clip is one more
 query: the bill is (1 + --crafted-share) of a plain run's, and grows with each epoch because crafted clips never come again.
 The 2022 report had 34.2 top-5 / 12.67 top-1, its loop having stopped at its first step.
+
+The demo: 78.3 top-1, 77.5 agreement@1 after 10 560 queries (victim 97.5, chance 8.3; README).
 """
 
 from dataclasses import dataclass

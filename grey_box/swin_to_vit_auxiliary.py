@@ -7,6 +7,8 @@ The student sees frames one by one and its logits are averaged over a clip; KL t
 Time, whose labels are not used. 8.3 % accuracy on Kinetics-400 was reported. `swin_to_vit_finetune.py` and
 `swin_to_vit_ticket.py` go on from its weights. The student starts from ImageNet weights in timm's key layout. In the demo,
 where no single frame tells anything, the student's three colours are three frames in a row.
+
+The demo: 50.8 top-1, 50.8 agreement@1 after 9 600 queries (victim 97.5, chance 8.3; README).
 """
 
 from dataclasses import dataclass

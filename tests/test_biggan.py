@@ -288,6 +288,7 @@ def test_scripts_bill_as_their_docstring_says(script, demo_set, tmp_path):
     assert len(results["unreached"]) < 12
 
 
+@pytest.mark.slow
 def test_a_budget_that_ends_in_search_or_distillation_is_not_passed(demo_set, tmp_path):
     free = biggan_with_swin.main(small(biggan_with_swin, demo_set, tmp_path / "free", num_steps=1))
     searched, bill = free["search_queries"], free["num_queries"]

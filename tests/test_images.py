@@ -207,6 +207,7 @@ def test_label_only_bills_as_its_docstring_says_and_trains_on_a_balanced_set(lab
     assert [point["num_queries"] for point in results["history"]] == [results["num_queries"]] * 2  # training asks nothing
 
 
+@pytest.mark.slow
 def test_label_only_stops_one_clip_short_and_goes_on_to_where_it_would_have_come(label_only, tmp_path):
     free = natural_images_label_only.main(dataclasses.replace(label_only, out_dir=str(tmp_path / "free")))
     short = dataclasses.replace(label_only, query_budget=free["num_queries"] - 1)
