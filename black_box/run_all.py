@@ -33,7 +33,7 @@ class Config:
     """Run and tabulate only these experiments."""
     out_dir: str = "runs/black_box"
     demo: bool = False
-    """Run on the embedded demo set and victims: about half an hour on two CPU cores."""
+    """Run on the embedded demo set and victims: an hour or more on one CPU core."""
 
 
 DEMO = dict(demo=True, out_dir="runs/black_box_demo")

@@ -201,7 +201,7 @@ def distill(
                 spent = {} if victim is None else {"queries": _describe_spending(victim)}
                 bar.set_postfix(loss=f"{mean_loss:.3f}", **spent, refresh=False)
             if end_of_epoch or stopped != "epochs":
-                point = dict(epoch=epoch + 1, num_queries=victim.num_queries if victim else 0, loss=mean_loss)
+                point = dict(epoch=epoch + 1, num_queries=victim.num_queries if victim is not None else 0, loss=mean_loss)
                 point |= evaluate(student.eval())
                 student.train()
                 history.append(point)

@@ -108,8 +108,8 @@ def print_results(*runs: dict) -> dict:
 
 
 def draw_curve(path: str | Path, history: Sequence[dict], victim_top1: float | None, chance: float, title: str) -> None:
-    """Draw accuracy and agreement against queries; against epochs for a run that asks none."""
-    along_epochs = not any(point["num_queries"] for point in history) and "epoch" in history[0]
+    """Draw accuracy and agreement against queries; against epochs for a run that pays none while it trains."""
+    along_epochs = len({point["num_queries"] for point in history}) == 1 and "epoch" in history[0]
     axis = "epoch" if along_epochs else "num_queries"
     figure, axes = _pyplot().subplots(figsize=(7, 4.5), layout="constrained")
     along = [point[axis] for point in history]
@@ -143,8 +143,8 @@ def draw_curves(path: str | Path, runs: Mapping[str, Sequence[dict]], chance: fl
     _pyplot().close(figure)
 
 
-def draw_bars(path: str | Path, scores: Mapping[str, Mapping[str, float]], chance: float, victim_top1: float | None) -> None:
-    """Draw top-1 and agreement@1 of several experiments as bars, beside chance and the victim."""
+def draw_bars(path: str | Path, scores: Mapping[str, Mapping[str, float]], chance: float) -> None:
+    """Draw top-1 and agreement@1 of several experiments as bars, beside chance."""
     figure, axes = _pyplot().subplots(figsize=(8, 0.8 + 0.45 * len(scores)), layout="constrained")
     for offset, (metric, label) in enumerate((("agreement_at_1", "agreement@1"), ("top1", "top-1"))):
         places = [k + 0.4 * offset - 0.2 for k in range(len(scores))]
@@ -152,8 +152,6 @@ def draw_bars(path: str | Path, scores: Mapping[str, Mapping[str, float]], chanc
     axes.set_yticks(range(len(scores)), list(scores))
     axes.invert_yaxis()
     axes.axvline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance")
-    if victim_top1 is not None:
-        axes.axvline(100 * victim_top1, color="black", linestyle="--", linewidth=1, label="victim top-1")
     axes.set(xlabel="% on held-out videos", xlim=(0, 102))
     axes.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=120)

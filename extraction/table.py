@@ -88,7 +88,7 @@ def write_table(experiments: Sequence[Experiment], out_dir: str | Path, seeds: S
         for name, results in found.items()
         if results
     }
-    draw_bars(out_dir / "table.png", scores, some["chance_top1"], some.get("victim_top1"))
+    draw_bars(out_dir / "table.png", scores, some["chance_top1"])
     return text
 
 

@@ -53,7 +53,7 @@ class Config:
     """Run and tabulate only these experiments."""
     out_dir: str = "runs/grey_box"
     demo: bool = False
-    """Run on the embedded demo set and victims: about half an hour on two CPU cores."""
+    """Run on the embedded demo set and victims: an hour or more on one CPU core."""
 
 
 DEMO = dict(demo=True, out_dir="runs/grey_box_demo")

@@ -87,6 +87,7 @@ DEMO = dict(
 
 def main(config: Config) -> dict:
     check_at_least(config, 1, "epochs", "batch_size", "num_frames", "stride", "step", "size", "round_epochs")
+    sparsities = schedule_sparsities(config.round_fraction, config.target_sparsity)
     if config.demo:
         write_demo_set("datasets/demo")
     device = choose_device(config.device)
@@ -120,7 +121,7 @@ def main(config: Config) -> dict:
 
     run.begin()
     masks = create_masks(student.net, student.spec.head)
-    for number, sparsity in enumerate(schedule_sparsities(config.round_fraction, config.target_sparsity), 1):
+    for number, sparsity in enumerate(sparsities, 1):
         print(f"round {number}: train, then prune to {100 * sparsity:.1f} %")
         part = Run(f"round {number}", run.folder / f"round_{number}", config, config.checkpoint_seconds)
         masks = prune_globally(train(part, masks, config.round_epochs)[1], masks, sparsity)

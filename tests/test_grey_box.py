@@ -12,8 +12,6 @@ from extraction.errors import BudgetExhausted, Stop
 from extraction.students import create_student, load_student
 from extraction.weights import read_state, save_weights
 from grey_box import (
-    movinet_to_r21,
-    movinet_to_r50_auxiliary,
     swin_to_c3d,
     swin_to_r21,
     swin_to_r21_prada,
@@ -54,13 +52,6 @@ def test_each_script_pays_for_what_it_says(script, num_queries, demo_set, tmp_pa
     assert results["chance_top1"] == 1 / 12
     assert {"top1", "top5", "agreement_at_1", "agreement_at_5", "victim_top1", "config"} <= set(results)
     assert (tmp_path / "student.safetensors").is_file()
-
-
-def test_movinet_siblings_differ_in_constants_only():
-    for swin, movinet in ((swin_to_r21, movinet_to_r21), (swin_to_vit_auxiliary, movinet_to_r50_auxiliary)):
-        names = [{f.name for f in dataclasses.fields(script.Config)} for script in (swin, movinet)]
-        assert names[0] - names[1] == set()
-        assert names[1] - names[0] <= {"label_weight"}
 
 
 def test_the_rates_restart_after_so_many_batches(demo_set, tmp_path, monkeypatch):
@@ -130,15 +121,14 @@ def test_random_perturbation_is_a_function_of_the_key(clips):
 
 def test_crafting_leaves_the_student_alone_and_names_each_clip(student, clips, tmp_path):
     craft = crafting.create_crafter(crafting.METHODS, 0.5, 0.03, 2, tmp_path / "crafted.png", [str(i) for i in range(12)])
-    before = {key: value.clone() for key, value in student.net.state_dict().items()}
+    before, said = {key: value.clone() for key, value in student.net.state_dict().items()}, student(clips).softmax(1).detach()
     student.train()
-    crafted, keys = craft(student, clips, student(clips).softmax(1).detach(), [bytes([i]) for i in range(20)])
+    crafted, keys = craft(student, clips, said, [bytes([i]) for i in range(20)])
     assert student.training
     assert len(crafted) == 10
     assert len(set(keys)) == 10
     student.eval()
-    changed = [key for key, value in student.net.state_dict().items() if "running" not in key and "tracked" not in key]
-    assert all(torch.equal(before[key], student.net.state_dict()[key]) for key in changed)
+    assert all(torch.equal(before[key], value) for key, value in student.net.state_dict().items())  # statistics too
     assert all(parameter.grad is None for parameter in student.parameters())
     assert (tmp_path / "crafted.png").is_file()
 
@@ -154,7 +144,6 @@ def test_crafting_never_passes_the_budget_and_goes_on_from_there(short, demo_set
     results = swin_to_r21_prada.main(dataclasses.replace(cut, query_budget=None))
     assert results["num_queries"] == 2 * OWN
     students = [(tmp_path / name / "student.safetensors").read_bytes() for name in ("whole", "cut")]
-    assert read_state(tmp_path / "whole" / "student.safetensors").keys()
     assert students[0] == students[1]
 
 
@@ -178,6 +167,8 @@ def test_pruning_takes_the_least_magnitudes_of_all_weights_together():
 def test_the_rounds_prune_a_share_of_what_is_left_and_end_on_the_target():
     assert pruning.schedule_sparsities(0.2, 0.5) == pytest.approx([0.2, 0.36, 0.488, 0.5])
     assert pruning.schedule_sparsities(0.5, 0.5) == [0.5]
+    with pytest.raises(Stop, match="--target-sparsity 1"):
+        pruning.schedule_sparsities(0.2, 1.0)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ class C3D(nn.Module):
 
 
 class TinyC3D(nn.Module):
-    """A C3D of some 80 000 weights for the demo set, with batch norms because it starts from nothing."""
+    """A C3D of some 44 000 weights for the demo set, with batch norms because it starts from nothing."""
 
     def __init__(self, num_classes: int, widths: tuple[int, ...] = (16, 24, 48)):
         super().__init__()
