@@ -13,13 +13,14 @@ from typing import Annotated
 
 import tyro
 
+from extraction.backend import choose_backend
 from extraction.data.clips import Clips, report_broken
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, read_classes, require_folder
 from extraction.errors import Stop
 from extraction.evaluation import parse_views, predict_videos, score, write_class_table
 from extraction.report import percent
-from extraction.runs import choose_device, run_script
+from extraction.runs import run_script
 from extraction.students import load_student
 from extraction.victims import KNOWN_CLASSES
 
@@ -44,6 +45,10 @@ class Config:
     size: int | None = None
     batch_size: int = 16
     device: str = "auto"
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU."""
+    compile: str = "auto"
+    """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 8
     csv: str | None = None
     """Where the per-class table goes; by default beside the weights."""
@@ -62,7 +67,7 @@ def main(config: Config) -> dict:
         write_demo_set("datasets/demo", {"val": 20})
     root = require_folder(config.data, "labelled videos, in class folders,")
     views = parse_views(config.views)
-    device = choose_device(config.device)
+    backend = choose_backend(config.device, config.precision, config.compile)
     student, about = load_student(config.student, config.weights)
     classes = about.get("classes") or _read_classes(config.classes)
     if len(classes) != student.num_classes:
@@ -72,7 +77,7 @@ def main(config: Config) -> dict:
         for name, usual in (("num_frames", 32), ("stride", 1), ("size", 224))
     }
     clips = Clips(find_videos(root, classes, "val", config.data_list), views=views, **shape)
-    said = predict_videos(student.to(device), clips, device, config.batch_size, config.num_workers)
+    said = predict_videos(backend.place(student), clips, backend.device, config.batch_size, config.num_workers)
     results = score(said.probs, said.labels)
     table = Path(config.csv) if config.csv else Path(config.weights).with_suffix(".classes.csv")
     write_class_table(table, said.probs, said.labels, classes)

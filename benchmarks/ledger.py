@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from extraction.distill import distillation_loss
-from extraction.ledger import Ledger
+from extraction.ledger import Ledger, encode_answers
 from extraction.students import create_student
 from extraction.victims import load_victim
 
@@ -47,7 +47,7 @@ def main() -> None:
         for step in range(STEPS):  # what the ledger adds to asking: looking up, encoding, one durable transaction
             known = {key: i for i, key in enumerate(bytes([step, i, 255, 255]) * 4 for i in range(BATCH))}
             ledger.find(list(known))
-            ledger._keep(known, answers)
+            ledger._keep(dict(zip(known, encode_answers(answers, "probs"), strict=True)))
         kept = (time.perf_counter() - begin) / STEPS
     step_ms = 1e3 * seconds["live"] / STEPS
     print(f"step of {BATCH} clips without a ledger {step_ms:.1f} ms, with one {1e3 * seconds['kept'] / STEPS:.1f} ms")

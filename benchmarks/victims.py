@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from extraction.backend import choose_backend
 from extraction.errors import Stop
 from extraction.preprocess import Preprocessed
 from extraction.runs import check_at_least, choose_device, run_script
@@ -33,10 +34,11 @@ class Config:
     threads: int | None = None
     """Threads that PyTorch and TensorFlow may each use on a CPU; by default what they take."""
     device: str = "auto"
+    compile: str = "off"
 
 
 def create_swin(architecture: str) -> VictimModel:
-    model = Preprocessed(swin.create_swin(architecture, 400), 32, 224, swin.MEAN, swin.STD)
+    model = Preprocessed(swin.FusedSwin(swin.create_swin(architecture, 400)), 32, 224, swin.MEAN, swin.STD)
     return VictimModel(model, KNOWN_CLASSES["k400"](), architecture, "random")
 
 
@@ -55,11 +57,10 @@ CREATE: dict[str, Callable[[], VictimModel]] = {
 
 
 @torch.no_grad()
-def time_batch(model: VictimModel, clips: torch.Tensor, precision: torch.dtype = torch.float32) -> tuple[float, torch.Tensor]:
+def time_batch(model: VictimModel, clips: torch.Tensor) -> tuple[float, torch.Tensor]:
     """Seconds for the logits of a batch, and those."""
     begin = time.perf_counter()
-    with torch.autocast(clips.device.type, precision, enabled=precision != torch.float32):
-        logits = model(clips)
+    logits = model(clips)
     if clips.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - begin, logits
@@ -71,18 +72,19 @@ def time_victims(config: Config, device: torch.device) -> None:
         raise Stop(f"--victims {' '.join(sorted(unknown))}: there are {', '.join(CREATE)}")
     on_gpu = device.type == "cuda"
     for name in config.victims or CREATE:
-        model = CREATE[name]().to(device)
+        model = CREATE[name]()
         batch = config.batch_size or (16 if on_gpu or name.startswith("demo") else 1)
         length, size = model.model.num_frames, model.model.size
         clips = torch.rand(batch, 3, length, size, size, device=device)
-        for precision in (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,):
+        for precision in ("fp32", "bf16") if on_gpu else ("fp32",):
+            choose_backend(config.device, precision, config.compile).place(model)
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            time_batch(model, clips, precision)
-            seconds = min(time_batch(model, clips, precision)[0] for _ in range(config.repeats))
+            time_batch(model, clips)
+            seconds = min(time_batch(model, clips)[0] for _ in range(config.repeats))
             memory = f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""
             shape = f"{batch}x{length}x{size}x{size}"
-            print(f"{name:16} {batch / seconds:9.2f} clips/s, {shape}, {str(precision)[6:]}{memory}", flush=True)
+            print(f"{name:16} {batch / seconds:9.2f} clips/s, {shape}, {precision}{memory}", flush=True)
 
 
 def compare(folder: str, config: Config) -> None:

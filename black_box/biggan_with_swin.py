@@ -20,14 +20,16 @@ from functools import partial
 
 import torch
 
+from extraction.backend import choose_backend
 from extraction.biggan import WEIGHTS, create_demo_biggan, load_biggan
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data.images import Layer, Paths
 from extraction.distill import distill
 from extraction.embeddings import Codes, Sampling, code_size, find_codes, sample_clips
 from extraction.errors import BudgetExhausted
+from extraction.processes import require_one
 from extraction.report import finish, print_results
-from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
+from extraction.runs import Run, check_at_least, run_script, set_seed
 from extraction.setting import open_setting
 from extraction.students import create_student
 from extraction.weights import fingerprint
@@ -77,6 +79,10 @@ class Config:
     lr: float = 1e-3
     seed: int = 0
     device: str = "auto"
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU."""
+    compile: str = "auto"
+    """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 0
     checkpoint_seconds: float = 300.0
     out_dir: str = "runs/biggan_with_swin"
@@ -99,7 +105,8 @@ def main(config: Config) -> dict:
     check_at_least(config, 0, "query_budget", "num_steps", "step", "confidence", "spread", "lr", "num_workers")
     if config.demo:
         write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})  # the referee's alone
-    device = choose_device(config.device)
+    require_one("the search")
+    backend = choose_backend(config.device, config.precision, config.compile)
     if config.generator_weights is None:
         generator, mark = create_demo_biggan(), "demo"
     else:
@@ -109,14 +116,14 @@ def main(config: Config) -> dict:
     if run.finished:
         return print_results(run.finished)
     victim, referee = open_setting(
-        run, device, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
+        run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=1, size=config.size, batch_size=config.batch_size, num_workers=config.num_workers,
     )  # fmt: skip
     run.begin()
-    paths, make_clips = Paths(config.num_frames, config.layers), partial(sample_clips, generator.to(device))
+    paths, make_clips = Paths(config.num_frames, config.layers), partial(sample_clips, generator.to(backend.device))
     codes, search, cut = find_codes(
-        victim, make_clips, mark, code_size(generator, len(config.layers)), Sampling(paths), device,
+        victim, make_clips, mark, code_size(generator, len(config.layers)), Sampling(paths), backend.device,
         num_random=config.num_random, population=config.population, num_steps=config.num_steps, step=config.step,
         confidence=config.confidence, codes_per_class=config.codes_per_class, seed=config.seed,
     )  # fmt: skip
@@ -128,8 +135,8 @@ def main(config: Config) -> dict:
     if not len(clips):
         raise BudgetExhausted(cut)
     set_seed(config.seed)
-    student = create_student(config.student, victim.num_classes, config.student_weights).to(device)
-    optimizer = torch.optim.Adam(student.parameters(), config.lr)
+    student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))
+    optimizer = torch.optim.Adam(student.parameters(), config.lr, fused=True)
     steps = config.epochs * -(-len(clips) // config.batch_size)
     history, stopped = distill(
         run, student, victim, clips, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), referee.score,

@@ -18,12 +18,13 @@ The demo: 27.1 top-1, 26.7 agreement@1 after 11 200 queries (victim 97.5, chance
 
 from dataclasses import dataclass
 
+from extraction.backend import choose_backend
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data_free import METHODS, SCHEDULES, Attacker, create_optimizer, extract
 from extraction.errors import Stop
 from extraction.generators import create_generator
 from extraction.report import finish, print_results
-from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
+from extraction.runs import Run, check_at_least, run_script, set_seed
 from extraction.setting import open_setting
 from extraction.students import create_student
 
@@ -72,6 +73,10 @@ class Config:
     """Score the student every so many queries."""
     seed: int = 0
     device: str = "auto"
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU."""
+    compile: str = "auto"
+    """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 8
     checkpoint_seconds: float = 600.0
     out_dir: str = "runs/conditional_gan_with_swin"
@@ -97,19 +102,19 @@ def main(config: Config) -> dict:
         raise Stop("--answers label: the generator needs to see how near a clip is to its class; use probs, logits or top5")
     if config.demo:
         write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})
-    device = choose_device(config.device)
+    backend = choose_backend(config.device, config.precision, config.compile)
     run = Run("conditional_gan_with_swin", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return print_results(run.finished)
     victim, referee = open_setting(
-        run, device, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
+        run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=config.stride, size=config.size, batch_size=config.batch_size,
         num_workers=config.num_workers, exact=True,
     )  # fmt: skip
     set_seed(config.seed)
-    student = create_student(config.student, victim.num_classes, config.student_weights).to(device)
-    generator = create_generator(config.generator, victim.num_classes, config.num_frames, config.size).to(device)
+    student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))
+    generator = create_generator(config.generator, victim.num_classes, config.num_frames, config.size).to(backend.device)
     attacker = Attacker(
         victim, student, generator,
         create_optimizer(config.optimizer, student.parameters(), config.student_lr, config.weight_decay),

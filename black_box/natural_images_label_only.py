@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from extraction.backend import choose_backend
 from extraction.data.augment import view_key
 from extraction.data.clips import load_batches
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
@@ -33,8 +34,9 @@ from extraction.data.images import NUM_DRAWS, Images, ImageWindow, Layer, Paths,
 from extraction.distill import distill
 from extraction.errors import BudgetExhausted
 from extraction.ledger import Ledger
+from extraction.processes import require_one
 from extraction.report import finish, print_results
-from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
+from extraction.runs import Run, check_at_least, run_script, set_seed
 from extraction.setting import open_setting
 from extraction.students import create_student
 from extraction.weights import write_atomically
@@ -83,6 +85,10 @@ class Config:
     lr: float = 1e-3
     seed: int = 0
     device: str = "auto"
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU."""
+    compile: str = "auto"
+    """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 8
     checkpoint_seconds: float = 300.0
     out_dir: str = "runs/natural_images_label_only"
@@ -112,19 +118,20 @@ def main(config: Config) -> dict:
     if config.demo:
         write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})  # the referee's alone
         write_demo_images("datasets/demo/images")
-    device = choose_device(config.device)
+    require_one("the search")
+    backend = choose_backend(config.device, config.precision, config.compile)
     images = Images(config.images, 1, len(config.layers), config.size, config.seed)
     run = Run("natural_images_label_only", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return print_results(run.finished)
     victim, referee = open_setting(
-        run, device, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
+        run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=1, size=config.size, batch_size=config.batch_size, num_workers=config.num_workers,
     )  # fmt: skip
     run.begin()
     paths = Paths(config.num_frames, config.layers)
-    kept, selection, cut = select_clips(config, victim, images, paths, device)
+    kept, selection, cut = select_clips(config, victim, images, paths, backend.device)
     chosen = balance_classes(kept, config.quota, config.repeats)
     note_transfer_set(run, chosen, victim.classes)
     draws = {view_key(config.seed, asked.window.key, 0, paths): asked.draws for asked in chosen}
@@ -133,8 +140,8 @@ def main(config: Config) -> dict:
         return draw_clips(pictures, np.stack([draws[key] for key in keys]), paths)
 
     set_seed(config.seed)
-    student = create_student(config.student, victim.num_classes, config.student_weights).to(device)
-    optimizer = torch.optim.Adam(student.parameters(), config.lr)
+    student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))
+    optimizer = torch.optim.Adam(student.parameters(), config.lr, fused=True)
     steps = config.epochs * -(-len(chosen) // config.batch_size)
     clips = images.of([asked.window for asked in chosen])
     history, stopped = distill(

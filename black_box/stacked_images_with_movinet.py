@@ -17,11 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
+from extraction.backend import choose_backend
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data.images import Images, Layer, Paths, create_clips, write_demo_images
 from extraction.distill import distill
 from extraction.report import finish, print_results
-from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
+from extraction.runs import Run, check_at_least, run_script, set_seed
 from extraction.setting import open_setting
 from extraction.students import create_student
 
@@ -58,6 +59,10 @@ class Config:
     lr: float = 1e-3
     seed: int = 0
     device: str = "auto"
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU."""
+    compile: str = "auto"
+    """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 8
     checkpoint_seconds: float = 300.0
     out_dir: str = "runs/stacked_images_with_movinet"
@@ -79,19 +84,19 @@ def main(config: Config) -> dict:
     if config.demo:
         write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})  # the referee's alone
         write_demo_images("datasets/demo/images")
-    device = choose_device(config.device)
+    backend = choose_backend(config.device, config.precision, config.compile)
     images = Images(config.images, config.num_clips, len(config.layers), config.size, config.seed)
     run = Run("stacked_images_with_movinet", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return print_results(run.finished)
     victim, referee = open_setting(
-        run, device, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
+        run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=1, size=config.size, batch_size=config.batch_size, num_workers=config.num_workers,
     )  # fmt: skip
     set_seed(config.seed)
-    student = create_student(config.student, victim.num_classes, config.student_weights).to(device)
-    optimizer = torch.optim.Adam(student.parameters(), config.lr)
+    student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))
+    optimizer = torch.optim.Adam(student.parameters(), config.lr, fused=True)
     steps = config.epochs * -(-len(images) // config.batch_size)
     history, stopped = distill(
         run, student, victim, images, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), referee.score,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from extraction import processes
 from extraction.distill import answers_to_targets
 from extraction.errors import BudgetExhausted, Stop
 from extraction.ledger import Ledger
@@ -89,9 +90,9 @@ def find_schedule(name: str) -> Callable[[float], float]:
 def create_optimizer(name: str, parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """`adam`, or `sgd` with momentum 0.9."""
     if name == "adam":
-        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay)
+        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay)
+        return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, fused=True)
     raise Stop(f"no optimiser is called {name!r}; there are adam, sgd")
 
 
@@ -105,20 +106,22 @@ def estimate_gradient(
     num_directions: int,
     smoothing: float,
     generator: torch.Generator,
+    num_clips: int | None = None,
 ) -> Tensor:
     """Estimate the gradient of each clip's own loss by forward differences along random unit directions.
 
     `loss_fn` maps (B, ...) to (B,), `pre_activation` is (B, ...) with d numbers a clip. Returns the shape of
     `pre_activation`: g = d/m * sum over m directions u of (L(x + eps u) - L(x)) / eps * u. Calls `loss_fn` 1 + m times.
-    The estimate's mean is the gradient (as eps goes to 0), its cosine with it about sqrt(m/d).
+    The estimate's mean is the gradient (as eps goes to 0), its cosine with it about sqrt(m/d). `num_clips` is the size of
+    the whole batch where `pre_activation` is a process's share of one.
     """
     at = loss_fn(pre_activation)
     total = torch.zeros_like(pre_activation)
     rows = (-1, *[1] * (pre_activation.ndim - 1))
+    shape = (num_clips or len(pre_activation), *pre_activation.shape[1:])
     for _ in range(num_directions):
-        direction = torch.randn(
-            pre_activation.shape, generator=generator, device=pre_activation.device, dtype=pre_activation.dtype
-        )
+        direction = torch.randn(shape, generator=generator, device=pre_activation.device, dtype=pre_activation.dtype)
+        direction = direction if num_clips is None else processes.own_share(direction)
         direction /= direction.flatten(1).norm(dim=1).view(rows)
         slope = (loss_fn(pre_activation + smoothing * direction) - at) / smoothing
         total += slope.view(rows) * direction
@@ -183,7 +186,9 @@ class Attacker:
     """What an attacker without data holds, and the steps that it takes.
 
     All that it draws is a function of (`seed`, iteration), and so are the keys under which the ledger keeps its
-    answers: an iteration that is repeated after a crash asks for the same, and finds what is paid.
+    answers: an iteration that is repeated after a crash asks for the same, and finds what is paid. Of several processes
+    each takes its share of every batch; all of them keep every clip for replay, so that any number can go on. Raises Stop
+    when the batch can't be shared evenly.
     """
 
     def __init__(
@@ -202,7 +207,11 @@ class Attacker:
     ):
         self.victim, self.student, self.generator = victim, student, generator
         self.student_optimizer, self.generator_optimizer = student_optimizer, generator_optimizer
+        if batch_size % processes.num_processes():
+            raise Stop(f"--batch-size {batch_size}: it must be a multiple of the {processes.num_processes()} processes")
         self.method, self.batch_size, self.seed = method, batch_size, seed
+        self._student_forward = processes.parallel(student)
+        self._generator_forward = processes.parallel(generator) if generator_optimizer is not None else generator
         self.device = next(student.parameters()).device
         self.replay = Replay(replay_clips, clip_shape, victim.num_classes)
         self.num_asked = 0  # clips asked about, paid now or in an earlier life
@@ -220,6 +229,7 @@ class Attacker:
         number = self.seed * 1_000_003 + iteration
         self._rng = torch.Generator(self.device).manual_seed(2 * number)
         self._replay_rng = torch.Generator().manual_seed(2 * number + 1)
+        torch.manual_seed(number * processes.num_processes() + processes.rank())  # for what layers draw, such as dropout
 
     def key(self, iteration: int, slot: int = 0) -> bytes:
         """Names clip `slot` of an iteration; earlier iterations sort before later ones."""
@@ -227,17 +237,18 @@ class Attacker:
 
     def ask(self, clips: Tensor) -> Tensor:
         """The victim's answers to (B, 3, T, H, W) clips: B queries. Raises BudgetExhausted before the budget is passed."""
-        keys = [self.key(self._iteration, self._slot + k) for k in range(len(clips))]
+        keys = processes.own_share([self.key(self._iteration, self._slot + k) for k in range(self.batch_size)])
         answers = self.victim.query(clips, keys)
-        self._slot += len(clips)
-        self.num_asked += len(clips)
+        self._slot += self.batch_size
+        self.num_asked += self.batch_size
         return answers
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """Noise (B, noise_dim) and classes (B,) for a batch."""
+        """Noise (B, noise_dim) and classes (B,) for this process's share of a batch."""
         shape = (self.batch_size, self.generator.noise_dim)
         labels = torch.randint(self.victim.num_classes, shape[:1], generator=self._rng, device=self.device)
-        return torch.randn(shape, generator=self._rng, device=self.device), labels
+        noise = torch.randn(shape, generator=self._rng, device=self.device)
+        return processes.own_share(noise), processes.own_share(labels)
 
     def disagreement(self, clips: Tensor, answers: Tensor, labels: Tensor) -> Tensor:
         """MAZE's and DFME's objective for the generator: minus the student's loss, (B,)."""
@@ -253,7 +264,7 @@ class Attacker:
     ) -> None:
         """Lower `objective(clips, answers, labels)`, (B,), by an estimated gradient: B * (1 + num_directions) queries."""
         noise, labels = self.draw()
-        pre_activation = self.generator(noise, labels)
+        pre_activation = self._generator_forward(noise, labels)
         first = []
 
         def loss_fn(pre_activation: Tensor) -> Tensor:
@@ -266,7 +277,7 @@ class Attacker:
             return loss
 
         self.student.eval()  # its statistics are of the clips that it learns from
-        gradient = estimate_gradient(loss_fn, pre_activation.detach(), num_directions, smoothing, self._rng)
+        gradient = estimate_gradient(loss_fn, pre_activation.detach(), num_directions, smoothing, self._rng, self.batch_size)
         self.student.train()
         self.generator_optimizer.zero_grad(set_to_none=True)
         pre_activation.backward(gradient / len(gradient))
@@ -283,15 +294,15 @@ class Attacker:
         targets = self.method.read(answers, self.victim.answers, self.victim.num_classes)
         self._learn(clips, targets)
         if len(self.replay.clips):
-            self.replay.push(clips, targets, self._replay_rng)
+            self.replay.push(processes.gather_tensor(clips), processes.gather_tensor(targets), self._replay_rng)
 
     def step_replay(self) -> None:
         """Train the student on a batch of kept clips: no query."""
         clips, targets = self.replay.sample(self.batch_size, self._replay_rng)
-        self._learn(clips.to(self.device), targets.to(self.device))
+        self._learn(processes.own_share(clips).to(self.device), processes.own_share(targets).to(self.device))
 
     def _learn(self, clips: Tensor, targets: Tensor) -> None:
-        loss = self.method.loss(self.student(clips.float() / 255), targets).mean()
+        loss = self.method.loss(self._student_forward(clips.float() / 255), targets).mean()
         self.student_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.student_optimizer.step()
@@ -313,6 +324,9 @@ class Attacker:
         self._sums = {name: torch.zeros((), device=self.device) for name in ("loss", "steps", "clips", "entropy", "named")}
         self._sums["answers"] = torch.zeros(self.victim.num_classes, device=self.device)
 
+    def _all_sums(self) -> dict[str, Tensor]:
+        return {name: processes.total(value) for name, value in self._sums.items()}
+
     def figures(self) -> dict[str, float]:
         """The student's mean `loss` and what the generator's clips were like since `clear_figures`.
 
@@ -321,7 +335,7 @@ class Attacker:
         the clips are answered alike: the generator has collapsed. `pairwise_distance`: of the last batch, RMS in [0, 1].
         `named_as_asked`: the share of clips that the victim named as the class they were generated for.
         """
-        sums, figures = self._sums, {}
+        sums, figures = self._all_sums(), {}
         if sums["steps"]:
             figures["loss"] = (sums["loss"] / sums["steps"]).item()
         if sums["clips"]:
@@ -334,7 +348,7 @@ class Attacker:
 
     def broke(self) -> bool:
         """Whether a loss of this iteration is not finite."""
-        return bool(self._unread) and not torch.stack(self._unread).isfinite().all()
+        return bool(self._unread) and not processes.total(torch.stack(self._unread)).isfinite().all()
 
     # --- what resumes it ---
 
@@ -350,14 +364,14 @@ class Attacker:
 
     def state_dict(self) -> dict:
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return dict(**parts, sums=self._sums, num_asked=self.num_asked, rng=torch.get_rng_state())
+        return dict(**parts, sums=self._all_sums(), num_asked=self.num_asked)
 
     def load_state_dict(self, state: dict) -> None:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        self._sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        if processes.is_first():  # they are those of all
+            self._sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.num_asked = state["num_asked"]
-        torch.set_rng_state(state["rng"])
 
 
 # --- the loop ------------------------------------------------------------------------------------------------------
@@ -441,7 +455,7 @@ def extract(
             due = attacker.num_asked // score_every > scored or iteration + 1 == iterations
             if due:
                 score(iteration + 1)
-            if due or run.checkpoint_due():
+            if run.checkpoint_due() or due:
                 save(iteration + 1)
             if run.stop_asked:
                 raise KeyboardInterrupt(f"saved in {run.folder}; run the same command again to continue")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from extraction import processes
 from extraction.data.augment import create_views, view_key
 from extraction.data.clips import Clips, load_batches
 from extraction.errors import Stop
@@ -96,12 +97,14 @@ def distill(
     student after each epoch. `clips.png` in the run's folder shows the first batch as the victim saw it. `victim=None`
     trains on the labels alone.
 
-    Resumes from the run's checkpoint, to the same bits on a CPU. Returns the history (a dict per evaluation) and what
+    Resumes from the run's checkpoint, to the same bits on a CPU. Of several processes (`extraction.processes`) each takes
+    its share of every batch. Returns the history (a dict per evaluation) and what
     stopped the loop: "epochs", or the line of an exhausted budget. Raises Stop when the loss is not finite and
     KeyboardInterrupt after Ctrl-C, the state being saved.
     """
     device = next(student.parameters()).device
     order = _Order(len(clips), batch_size, epochs, seed)
+    forward = processes.parallel(student)
     # On a GPU the loss is read only now and then, so that the device never waits for the host.
     read_every = 1 if device.type == "cpu" else 10
     recent, history, first, stopped = deque(maxlen=100), [], 0, "epochs"
@@ -113,7 +116,6 @@ def distill(
         student.net.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["rng"])
         recent.extend(state["recent"])
         history, first = state["history"], state["batch"]
         print(f"resuming {run.folder} at batch {first} of {order.num_batches}", flush=True)
@@ -124,7 +126,6 @@ def distill(
                 student=student.net.state_dict(),
                 optimizer=optimizer.state_dict(),
                 schedule=schedule.state_dict(),
-                rng=torch.get_rng_state(),
                 recent=list(recent),
                 history=history,
                 batch=batch,
@@ -138,7 +139,8 @@ def distill(
         total=epochs * len(clips), initial=min(first * batch_size, epochs * len(clips)), desc=run.experiment, unit="clip",
         dynamic_ncols=True,
     )  # fmt: skip
-    loader = load_batches(clips, order.batches_from(first), num_workers, pin_memory=device.type == "cuda")
+    shares = map(processes.own_share, order.batches_from(first))
+    loader = load_batches(clips, shares, num_workers, pin_memory=device.type == "cuda")
     unread: list[Tensor] = []
     student.train()
     mean_loss = sum(recent) / len(recent) if recent else math.nan
@@ -146,49 +148,56 @@ def distill(
         for number, batch in enumerate(loader, first):
             epoch = number // order.per_epoch
             clips.broken.extend((clips.windows[i].path, reason) for i, reason in batch.broken)
-            if batch.indices:
-                view = epoch if views_per_clip is None else epoch % views_per_clip
-                keys = [view_key(seed, clips.windows[i].key, view, augmentation) for i in batch.indices]
-                affordable = len(keys) if victim is None else victim.count_affordable(keys)
-                exhausted = affordable < len(keys)
+            view = epoch if views_per_clip is None else epoch % views_per_clip
+            keys = [view_key(seed, clips.windows[i].key, view, augmentation) for i in batch.indices]
+            affordable = len(keys) if victim is None else victim.count_affordable(keys)
+            wanted, counts = zip(*processes.gather([(len(keys), affordable)]), strict=True)
+            num_shown, exhausted = sum(counts), sum(counts) < sum(wanted)
+            if num_shown:
+                keys, views, targets = keys[:affordable], batch.clips[:affordable].to(device, non_blocking=True), None
                 if affordable:
-                    keys = keys[:affordable]
-                    views = make_views(batch.clips[:affordable].to(device, non_blocking=True), keys, augmentation)
-                    labels = torch.tensor([clips.windows[i].label for i in batch.indices[:affordable]]).to(device)
-                    targets = None
-                    if victim is not None:
-                        targets = _ask(victim, views, keys)
-                        if number == 0:
-                            sources = [clips.windows[i].path.parent.name for i in batch.indices]
-                            draw_queries(run.folder / "clips.png", views, targets, sources, victim.classes)
-                    if craft is not None and not exhausted:
-                        crafted, crafted_keys = craft(student, views, targets, [b"%s|%d" % (key, number) for key in keys])
-                        count = victim.count_affordable(crafted_keys)
-                        exhausted = count < len(crafted_keys)
-                        if count:
-                            targets = torch.cat([targets, _ask(victim, crafted[:count], crafted_keys[:count])])
-                            views = torch.cat([views, crafted[:count]])
-                            labels = torch.cat([labels, labels.new_full((count,), -1)])
-                if exhausted:
-                    save(number)  # from here a larger budget goes on; what follows trains on the last answers there are
-                if affordable:
-                    loss = distillation_loss(student(views), targets, labels, label_weight)
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
-                    if max_grad_norm is not None:
-                        torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
-                    optimizer.step()
-                    unread.append(loss.detach())
-                    bar.update(affordable)
-                if exhausted:
-                    stopped = (
-                        f"query budget exhausted: {victim.num_queries} of {victim.query_budget} queries spent "
-                        f"in epoch {epoch + 1} of {epochs}; raise --query-budget and run again to go on"
-                    )
+                    views = make_views(views, keys, augmentation)
+                labels = [clips.windows[i].label for i in batch.indices[:affordable]]
+                labels = torch.tensor(labels, dtype=torch.int64).to(device, non_blocking=True)
+                if victim is not None:
+                    targets = _ask(victim, views, keys)
+                    if number == 0 and affordable:
+                        sources = [clips.windows[i].path.parent.name for i in batch.indices]
+                        draw_queries(run.folder / "clips.png", views, targets, sources, victim.classes)
+                if craft is not None and not exhausted and min(counts):
+                    crafted, crafted_keys = craft(student, views, targets, [b"%s|%d" % (key, number) for key in keys])
+                    count = victim.count_affordable(crafted_keys)
+                    wanted, crafted_counts = zip(*processes.gather([(len(crafted_keys), count)]), strict=True)
+                    exhausted = sum(crafted_counts) < sum(wanted)
+                    if sum(crafted_counts):
+                        targets = torch.cat([targets, _ask(victim, crafted[:count], crafted_keys[:count])])
+                        views = torch.cat([views, crafted[:count]])
+                        labels = torch.cat([labels, labels.new_full((count,), -1)])
+                        counts = [a + b for a, b in zip(counts, crafted_counts, strict=True)]
+            if exhausted:
+                save(number)  # from here a larger budget goes on; what follows trains on the last answers there are
+            if min(counts):  # a process without a clip (a last batch can be so small) can't take part in a step
+                # What is drawn in a step, such as dropout, is a function of the step, so that no state of it need be kept.
+                torch.manual_seed((seed * 1_000_003 + number) * processes.num_processes() + processes.rank())
+                loss = distillation_loss(forward(views), targets, labels, label_weight) * (len(views) / sum(counts))
+                optimizer.zero_grad(set_to_none=True)
+                (loss * processes.num_processes()).backward()  # gradients are averaged over the processes
+                if max_grad_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
+                optimizer.step()
+                if not plateau:
+                    schedule.step()
+                unread.append(loss.detach())
+            bar.update(num_shown)
+            if exhausted:
+                stopped = (
+                    f"query budget exhausted: {victim.num_queries} of {victim.query_budget} queries spent "
+                    f"in epoch {epoch + 1} of {epochs}; raise --query-budget and run again to go on"
+                )
             end_of_epoch = (number + 1) % order.per_epoch == 0
-            pause = end_of_epoch or stopped != "epochs" or run.checkpoint_due()
+            pause = run.checkpoint_due() or end_of_epoch or stopped != "epochs"
             if len(unread) >= read_every or (pause and unread):
-                for value in torch.stack(unread).tolist():
+                for value in processes.total(torch.stack(unread)).tolist():
                     if not math.isfinite(value):
                         raise Stop(
                             f"the loss became {value} in epoch {epoch + 1}, batch {number % order.per_epoch + 1} or up to "
@@ -196,7 +205,8 @@ def distill(
                         )
                     recent.append(value)
                     mean_loss = sum(recent) / len(recent)
-                    schedule.step(mean_loss) if plateau else schedule.step()
+                    if plateau:
+                        schedule.step(mean_loss)
                 unread.clear()
                 spent = {} if victim is None else {"queries": _describe_spending(victim)}
                 bar.set_postfix(loss=f"{mean_loss:.3f}", **spent, refresh=False)
@@ -213,6 +223,7 @@ def distill(
                 save(number + 1)
             if run.stop_asked:
                 raise KeyboardInterrupt(f"saved in {run.folder}; run the same command again to continue")
+    clips.broken = list(dict.fromkeys(processes.gather(clips.broken)))
     return history, stopped
 
 

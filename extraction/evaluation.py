@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from extraction import processes
 from extraction.data.clips import Clips, load_batches
 from extraction.errors import Stop
 from extraction.ledger import Ledger
@@ -46,27 +47,32 @@ def predict_videos(
     desc: str = "scoring",
 ) -> Predictions:
     """Run `model` (float (B, 3, T, H, W) in [0, 1] -> logits) over `clips` and average each video's probabilities."""
-    total, counts = None, torch.zeros(clips.num_videos)
+    total, counts = None, torch.zeros(clips.num_videos, device=device)
     broken = dict(clips.broken)
     batches = [range(i, min(i + batch_size, len(clips))) for i in range(0, len(clips), batch_size)]
+    batches = processes.own_share(batches)
     loader = load_batches(clips, batches, num_workers)
     for batch in tqdm(loader, total=len(batches), desc=desc, unit="batch", leave=False, dynamic_ncols=True):
         broken |= {clips.windows[i].path: reason for i, reason in batch.broken}
         if not batch.indices:
             continue
         views = batch.clips.to(device, non_blocking=True).permute(0, 4, 1, 2, 3).float().div_(255.0)
-        probs = model(views).softmax(1).cpu()
-        videos = torch.tensor([clips.windows[i].video for i in batch.indices])
+        probs = model(views).softmax(1)
+        videos = torch.tensor([clips.windows[i].video for i in batch.indices], device=device)
         if total is None:
-            total = torch.zeros(clips.num_videos, probs.shape[1])
+            total = torch.zeros(clips.num_videos, probs.shape[1], device=device)
         total.index_add_(0, videos, probs)
-        counts.index_add_(0, videos, torch.ones(len(videos)))
-    if total is None:
+        counts.index_add_(0, videos, torch.ones(len(videos), device=device))
+    num_classes = max(processes.gather([0 if total is None else total.shape[1]]))
+    if num_classes == 0:
         raise Stop("none of the held-out videos can be decoded")
+    if total is None:
+        total = torch.zeros(clips.num_videos, num_classes, device=device)
+    total, counts = processes.total(total).cpu(), processes.total(counts).cpu()
     labels = torch.full((clips.num_videos,), -1)
     for window in clips.windows:
         labels[window.video] = window.label
-    return Predictions(total / counts.clamp(min=1)[:, None], labels, list(broken.items()))
+    return Predictions(total / counts.clamp(min=1)[:, None], labels, list(dict(processes.gather(list(broken.items()))).items()))
 
 
 def video_keys(clips: Clips) -> list[bytes]:

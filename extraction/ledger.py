@@ -12,7 +12,7 @@ first bit for bit.
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extraction.errors import Stop
+from extraction import processes
+from extraction.errors import BudgetExhausted, Stop
 
 _SCHEMA = """
 PRAGMA page_size = 16384;
@@ -76,8 +77,8 @@ class Ledger:
     ):
         self.path, self.answers, self.decimals = Path(path), answers, decimals
         self._layout = "logits" if exact and answers != "label" else answers  # probabilities packed as logits are
-        self._database = _connect(self.path)
-        kept = dict(self._database.execute("SELECT name, value FROM about"))
+        self._database = None  # of several processes the first one has it
+        kept = processes.from_first(self._open)
         self._num_queries = int(kept.get("num_queries", 0))
         if kept:
             self._check("answers", kept["answers"], answers)
@@ -105,12 +106,19 @@ class Ledger:
                     "victim", f"{kept['victim']} ({kept['fingerprint']})", f"{about['victim']} ({about['fingerprint']})"
                 )
             else:
-                with self._database:
-                    self._database.executemany("INSERT INTO about VALUES (?, ?)", (about | {"num_queries": "0"}).items())
+                processes.from_first(lambda: self._begin(about | {"num_queries": "0"}))
                 kept = about
         self.victim, self.fingerprint = kept["victim"], kept["fingerprint"]
         self.classes = tuple(json.loads(kept["classes"]))
         self.query_budget = None if self._victim is None else self._victim.query_budget
+
+    def _open(self) -> dict[str, str]:
+        self._database = _connect(self.path)
+        return dict(self._database.execute("SELECT name, value FROM about"))
+
+    def _begin(self, about: dict[str, str]) -> None:
+        with self._database:
+            self._database.executemany("INSERT INTO about VALUES (?, ?)", about.items())
 
     def _check(self, what: str, kept: str, wanted: str) -> None:
         if kept != wanted:
@@ -128,13 +136,16 @@ class Ledger:
 
     @property
     def queries_left(self) -> int | None:
-        return None if self._victim is None else self._victim.queries_left
+        return None if self.query_budget is None else self.query_budget - self._num_queries
 
     def __len__(self) -> int:
-        return self._database.execute("SELECT count(*) FROM answers").fetchone()[0]
+        return processes.from_first(lambda: self._database.execute("SELECT count(*) FROM answers").fetchone()[0])
 
     def find(self, keys: Sequence[bytes], table: str = "answers") -> dict[bytes, bytes]:
-        """The kept answers among `keys`, still encoded."""
+        """The kept answers among `keys`, the same in all processes, still encoded."""
+        return processes.from_first(lambda: self._find(keys, table))
+
+    def _find(self, keys: Sequence[bytes], table: str = "answers") -> dict[bytes, bytes]:
         found: dict[bytes, bytes] = {}
         for i in range(0, len(keys), 500):
             part = list(keys[i : i + 500])
@@ -143,39 +154,67 @@ class Ledger:
         return found
 
     def count_affordable(self, keys: Sequence[bytes]) -> int:
-        """How many of `keys`, from the first on, can be answered within the budget: known ones are free."""
-        if self.queries_left is None:
+        """How many of `keys`, from the first on, can be answered within the budget: known ones are free.
+
+        Several processes, each with its share of a batch, are served in their order.
+        """
+        if self.query_budget is None:
             return len(keys)
-        known, left, seen = self.find(keys), self.queries_left, set()
-        for number, key in enumerate(keys):
+        before, everyone = self._together(keys)
+        known, left, seen = self.find(everyone), self.queries_left, set()
+        for number, key in enumerate(everyone):
             if key not in known and key not in seen:
                 if left == 0:
-                    return number
+                    return min(max(0, number - before), len(keys))
                 left -= 1
                 seen.add(key)
         return len(keys)
+
+    def _together(self, keys: Sequence[bytes]) -> tuple[int, list[bytes]]:
+        """The keys of all processes, and how many of them come before this one's."""
+        if processes.num_processes() == 1:
+            return 0, list(keys)
+        shares = processes.gather([(processes.rank(), list(keys))])
+        return sum(len(share) for rank, share in shares if rank < processes.rank()), [k for _, share in shares for k in share]
 
     def query(self, clips: Tensor, keys: Sequence[bytes]) -> Tensor:
         """Answer (B, 3, T, H, W) clips named by `keys`, paying for those that were never answered.
 
         Returns what `Victim.query` does, on the clips' device. Raises BudgetExhausted, with nothing spent, when the new
-        ones are more than the budget has left, and Stop when there are new ones but no victim to ask.
+        ones (of all processes) are more than the budget has left, and Stop when there are new ones but no victim to ask.
         """
-        known = self.find(keys)
-        new = {key: i for i, key in enumerate(keys) if key not in known}
+        before, everyone = self._together(keys)
+        known = self.find(everyone)
+        new = {}  # where each is first asked about
+        for place, key in enumerate(everyone):
+            if key not in known:
+                new.setdefault(key, place - before)
         if new:
-            known |= self._pay(clips, new)
+            known |= self._pay(clips, len(keys), new)
+        if not keys:  # of another process's batch
+            return torch.empty(0, dtype=torch.int64) if self.answers == "label" else torch.empty(0, self.num_classes)
         return decode_answers([known[key] for key in keys], self._layout, self.decimals).to(clips.device)
 
-    def _pay(self, clips: Tensor, new: dict[bytes, int]) -> dict[bytes, bytes]:
+    def _pay(self, clips: Tensor, count: int, new: dict[bytes, int]) -> dict[bytes, bytes]:
         if self._victim is None:
             raise Stop(f"{len(new)} views are not in {self.path}, and the victim's weights are not here to ask")
-        chosen = clips if len(new) == len(clips) else clips[list(new.values())]
-        return self._keep(new, self._victim.query(chosen))
+        if self.query_budget is not None and len(new) > self.queries_left:
+            raise BudgetExhausted(
+                f"query budget exhausted: {self.num_queries} of {self.query_budget} queries spent, "
+                f"{len(new)} more asked for; raise --query-budget to go on"
+            )
+        own = {key: place for key, place in new.items() if 0 <= place < count}
+        rows = []
+        if own:
+            chosen = clips if len(own) == len(clips) else clips[list(own.values())]
+            rows = list(zip(own, encode_answers(self._victim.query(chosen), self._layout), strict=True))
+        rows = dict(processes.gather(rows))
+        processes.from_first(lambda: self._keep(rows))  # on the disk before anyone uses them
+        self._num_queries += len(rows)
+        return rows
 
-    def _keep(self, keys: Iterable[bytes], answers: Tensor) -> dict[bytes, bytes]:
+    def _keep(self, rows: dict[bytes, bytes]) -> None:
         """Write new answers and their bill in one transaction."""
-        rows = dict(zip(keys, encode_answers(answers, self._layout), strict=True))
         try:
             with self._database:
                 self._database.executemany("INSERT INTO answers (key, answer) VALUES (?, ?)", rows.items())
@@ -184,8 +223,6 @@ class Ledger:
                 )
         except sqlite3.Error as error:
             raise Stop(f"cannot write {self.path}: {error}; make room, then run again: nothing is paid twice") from None
-        self._num_queries += len(rows)
-        return rows
 
     def forget(self, before: bytes) -> None:
         """Drop the answers whose keys sort before `before`; the bill stays.
@@ -193,6 +230,8 @@ class Ledger:
         For loops of millions of queries whose keys begin with their step: once the state after a step is on the disk,
         what led to it is never asked for again. A crash in between leaves answers that the next call drops.
         """
+        if self._database is None:
+            return
         try:
             with self._database:
                 self._database.execute("DELETE FROM answers WHERE key < ?", (before,))
@@ -204,8 +243,9 @@ class Ledger:
         known = self.find(keys, "referee")
         if len(known) < len(set(keys)):
             known = dict(zip(keys, encode_answers(compute(), "probs"), strict=True))
-            with self._database:
-                self._database.executemany("INSERT OR REPLACE INTO referee VALUES (?, ?)", known.items())
+            if self._database is not None:
+                with self._database:
+                    self._database.executemany("INSERT OR REPLACE INTO referee VALUES (?, ?)", known.items())
         return decode_answers([known[key] for key in keys], "probs")
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
@@ -213,7 +253,8 @@ class Ledger:
         return iter(self._database.execute("SELECT key, answer FROM answers ORDER BY id"))
 
     def close(self) -> None:
-        self._database.close()
+        if self._database is not None:
+            self._database.close()
 
 
 def _layout(about: dict[str, str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from extraction import processes
 from extraction.data.clips import report_broken
 from extraction.errors import BudgetExhausted
 from extraction.evaluation import Referee
@@ -126,8 +127,7 @@ def draw_curve(path: str | Path, history: Sequence[dict], victim_top1: float | N
     axes.set(xlabel="queries paid" if axis == "num_queries" else "epoch", ylabel="%", ylim=(0, 102), title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=120)
-    _pyplot().close(figure)
+    _save(figure, path, 120)
 
 
 def draw_curves(path: str | Path, runs: Mapping[str, Sequence[dict]], chance: float, title: str, metric: str = "top1") -> None:
@@ -139,8 +139,7 @@ def draw_curves(path: str | Path, runs: Mapping[str, Sequence[dict]], chance: fl
     axes.set(xlabel="epoch", ylabel=f"{metric}, %", ylim=(0, 102), title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=120)
-    _pyplot().close(figure)
+    _save(figure, path, 120)
 
 
 def draw_bars(path: str | Path, scores: Mapping[str, Mapping[str, float]], chance: float) -> None:
@@ -154,8 +153,7 @@ def draw_bars(path: str | Path, scores: Mapping[str, Mapping[str, float]], chanc
     axes.axvline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance")
     axes.set(xlabel="% on held-out videos", xlim=(0, 102))
     axes.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=120)
-    _pyplot().close(figure)
+    _save(figure, path, 120)
 
 
 def draw_clips(path: str | Path, clips: Tensor, captions: Sequence[str], num_frames: int = 8) -> None:
@@ -170,8 +168,7 @@ def draw_clips(path: str | Path, clips: Tensor, captions: Sequence[str], num_fra
             axes[row, column].imshow(clip[:, frame].permute(1, 2, 0).numpy(), interpolation="nearest")
             axes[row, column].axis("off")
         axes[row, 0].set_title(caption, fontsize=8, loc="left")
-    figure.savefig(path, dpi=110)
-    _pyplot().close(figure)
+    _save(figure, path, 110)
 
 
 def draw_queries(path: str | Path, views: Tensor, targets: Tensor, sources: Sequence[str], classes: Sequence[str]) -> None:
@@ -182,6 +179,12 @@ def draw_queries(path: str | Path, views: Tensor, targets: Tensor, sources: Sequ
         for source, label, share in zip(sources, top.tolist(), confidence.tolist(), strict=False)
     ]
     draw_clips(path, views[:8], captions[:8])
+
+
+def _save(figure, path: str | Path, dpi: int) -> None:
+    if processes.is_first():
+        figure.savefig(path, dpi=dpi)
+    _pyplot().close(figure)
 
 
 def _pyplot():

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from typing import Any
 
 import torch
 
+from extraction import processes
 from extraction.errors import Stop
 from extraction.weights import read_checkpoint, write_atomically
 
 # Constants that may differ when a run is resumed: they change how fast it goes, not what comes out.
-_FREE = {"device", "num_workers", "checkpoint_seconds", "out_dir"}
+_FREE = {"device", "compile", "num_workers", "checkpoint_seconds", "out_dir"}
 
 
 class Run:
@@ -34,15 +36,20 @@ class Run:
         self._started, self._seconds_before = time.monotonic(), 0.0
         self._last_checkpoint = time.monotonic()
         self._writer = None
+        self.finished = processes.from_first(self._open)
+
+    def _open(self) -> dict | None:
+        """Make the folder, or see what is in it: the results of a run that ended."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Stop(f"cannot make {self.folder}: {error.strerror}; choose another --out-dir") from None
         self._refuse_other_constants()
         results = self.folder / "results.json"
-        self.finished = json.loads(results.read_text()) if results.exists() else None
-        if self.finished and self.finished["config"].get("query_budget") != self.config.get("query_budget"):
-            self.finished = None  # it stopped for want of budget, and goes on with another
+        finished = json.loads(results.read_text()) if results.exists() else None
+        if finished and finished["config"].get("query_budget") != self.config.get("query_budget"):
+            return None  # it stopped for want of budget, and goes on with another
+        return finished
 
     def begin(self) -> None:
         """Write `config.json`: from here on the folder belongs to a run of these constants."""
@@ -67,14 +74,17 @@ class Run:
     def load_state(self) -> dict | None:
         """The last good checkpoint, or None in a new run."""
         path = self.folder / "state.pt"
-        if not path.exists():
-            return None
-        state = read_checkpoint(path)
-        self._seconds_before, self._started = state.pop("seconds"), time.monotonic()
+        state = processes.from_first(lambda: read_checkpoint(path) if path.exists() else None)
+        if state:
+            self._seconds_before, self._started = state.pop("seconds"), time.monotonic()
         return state
 
     def checkpoint_due(self) -> bool:
-        return self.stop_asked or time.monotonic() - self._last_checkpoint >= self.checkpoint_seconds
+        """Whether it is time to save, or to stop: the same in all processes."""
+        due = self.stop_asked, time.monotonic() - self._last_checkpoint >= self.checkpoint_seconds
+        asked, late = zip(*processes.gather([due]), strict=True)
+        self.stop_asked = any(asked)
+        return self.stop_asked or late[0]
 
     def save_state(self, state: dict) -> None:
         """Write a checkpoint (tensors and plain values). Atomic: a crash inside leaves the one before."""
@@ -84,6 +94,8 @@ class Run:
 
     def log(self, num_queries: int, values: dict[str, float]) -> None:
         """Write scalars to TensorBoard, against queries."""
+        if not processes.is_first():
+            return
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -99,6 +111,7 @@ class Run:
             "seconds": round(self.seconds, 1),
             "commit": current_commit(),
             "num_threads": torch.get_num_threads(),  # on a CPU they decide how sums are rounded
+            "num_processes": processes.num_processes(),
             "config": self.config,
         }
         write_atomically(self.folder / "results.json", lambda file: file.write(_to_json(results)))
@@ -144,7 +157,12 @@ def current_commit() -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` (CUDA if there is one), or the device asked for. Raises Stop when that is not there."""
+    """`auto` (CUDA if there is one), or the device asked for. Raises Stop when that is not there.
+
+    With several processes each has its own.
+    """
+    if processes.own_device() is not None:
+        return processes.own_device()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -183,10 +201,18 @@ def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None
     doc = (sys.modules[main.__module__].__doc__ or "").strip()
     try:
         config = tyro.cli(config_class, default=default, description=doc)
+        processes.start(getattr(config, "device", "auto"))
         main(config)
+        processes.end()
     except Stop as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        lost = processes.describe_lost_process(error)
+        if lost is None:
+            raise
+        print(f"{Path(sys.argv[0]).name}: {lost}", file=sys.stderr, flush=True)
+        os._exit(1)  # an orderly exit would wait for the one that is gone
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
         sys.exit(130)

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from extraction.backend import Backend
 from extraction.data.clips import Clips
 from extraction.data.folders import find_videos, require_folder
 from extraction.errors import Stop
@@ -12,12 +11,12 @@ from extraction.evaluation import Referee
 from extraction.ledger import Ledger
 from extraction.runs import Run
 from extraction.students import Student, load_student
-from extraction.victims import load_model, load_victim
+from extraction.victims import Victim, load_model
 
 
 def open_setting(
     run: Run,
-    device: torch.device,
+    backend: Backend,
     *,
     victim: str,
     victim_weights: str | None,
@@ -42,15 +41,15 @@ def open_setting(
     require_folder(val, "held-out labelled videos of the victim's task, in class folders,")
     ledger = Ledger(
         run.folder / "ledger.sqlite",
-        lambda spent: load_victim(victim, victim_weights, answers, query_budget, device, num_queries=spent),
+        lambda spent: Victim(backend.place(load_model(victim, victim_weights)), answers, query_budget, num_queries=spent),
         answers,
         exact=exact,
     )
     videos = find_videos(val, ledger.classes, "val", val_list)
     clips = Clips(videos, num_frames=num_frames, stride=stride, size=size, views=(1, 1))
     referee = Referee(
-        clips, ledger.classes, device, batch_size, num_workers, ledger,
-        lambda: load_model(victim, victim_weights, device), min_victim_top1,
+        clips, ledger.classes, backend.device, batch_size, num_workers, ledger,
+        lambda: backend.place(load_model(victim, victim_weights)), min_victim_top1,
     )  # fmt: skip
     return ledger, referee
 
@@ -69,9 +68,7 @@ def find_unrelated(names: Sequence[str], demo: bool = False) -> list[Path]:
     return [require_folder(folder, f"unrelated video ({', '.join(UNRELATED)})") for folder in folders]
 
 
-def load_stage(
-    name: str, weights: str | Path, classes: Sequence[str], device: str | torch.device = "cpu"
-) -> tuple[Student, int]:
+def load_stage(name: str, weights: str | Path, classes: Sequence[str], backend: Backend) -> tuple[Student, int]:
     """A student as an earlier stage saved it, head and all, and the queries it has cost so far.
 
     Raises Stop when the file is missing, holds another student, or was made for other classes than the victim's.
@@ -81,4 +78,4 @@ def load_stage(
     student, about = load_student(name, weights)
     if tuple(about.get("classes", ())) != tuple(classes):
         raise Stop(f"{weights}: a student of {student.num_classes} other classes than the victim's {len(classes)}")
-    return student.to(device), about.get("num_queries", 0)
+    return backend.place(student), about.get("num_queries", 0)

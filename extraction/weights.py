@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from extraction.errors import Stop
+from extraction.processes import is_first
 
 _CONVERT = (
     "convert it once in a throw-away environment that you trust with it: "
@@ -98,8 +99,11 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], about: Mapping[s
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file, fsync, rename: at `path` there is the old file or the whole new one, whatever happens.
 
-    Raises Stop, in one line, when the disk is full or the folder read-only; the old file is then untouched.
+    Raises Stop, in one line, when the disk is full or the folder read-only; the old file is then untouched. Of several
+    processes the first one writes.
     """
+    if not is_first():
+        return
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from extraction.backend import choose_backend
 from extraction.data.clips import Clips, report_broken
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, require_folder
 from extraction.errors import Stop
 from extraction.evaluation import parse_views, predict_videos, score, write_class_table
 from extraction.report import percent
-from extraction.runs import check_at_least, choose_device, run_script
+from extraction.runs import check_at_least, run_script
 from extraction.victims import find_weights, load_model
 
 SHORT_NAMES = {"swin": "swin_b_k400", "movinet": "movinet_a2_k600"}
@@ -48,6 +49,10 @@ class Config:
     """Height and width of a clip; by default what the victim was trained on, else 224."""
     batch_size: int = 16
     device: str = "auto"
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU."""
+    compile: str = "auto"
+    """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 8
     out_dir: str = "runs/eval_teacher"
     """Where the per-class table goes, named after the victim."""
@@ -93,8 +98,9 @@ def main(config: Config) -> dict:
     root = require_folder(
         config.data or f"datasets/kinetics{600 if k600 else 400}_val", "labelled videos (10 % of a validation set, say)"
     )
-    views, device = parse_views(config.views), choose_device(config.device)
-    victim = load_model(name, config.victim_weights, device)
+    views = parse_views(config.views)
+    backend = choose_backend(config.device, config.precision, config.compile)
+    victim = backend.place(load_model(name, config.victim_weights))
     clips = Clips(
         find_videos(root, victim.classes, "val", config.data_list),
         views=views,
@@ -102,8 +108,8 @@ def main(config: Config) -> dict:
         stride=config.stride or (5 if k600 else 2),
         size=config.size or victim.model.size or 224,
     )
-    timed, started = Stopwatch(victim, device), time.perf_counter()
-    said = predict_videos(timed, clips, device, config.batch_size, config.num_workers)
+    timed, started = Stopwatch(victim, backend.device), time.perf_counter()
+    said = predict_videos(timed, clips, backend.device, config.batch_size, config.num_workers)
     seconds = time.perf_counter() - started
     results = score(said.probs, said.labels) | {"clips_per_second": timed.clips_per_second}
     table = Path(config.out_dir) / f"{Path(name.replace(':', '_')).stem}.classes.csv"
@@ -117,7 +123,7 @@ def main(config: Config) -> dict:
     print(f"{clips.num_videos} videos of {root}, {config.views} views each; per class: {table}")
     print(
         f"{timed.clips_per_second:.1f} clips/s of {clips.num_frames}x{clips.size}x{clips.size} in the victim, "
-        f"{len(clips) / seconds:.1f} with decoding, on {device}"
+        f"{len(clips) / seconds:.1f} with decoding, on {backend.device}"
     )
     report_broken(said.broken)
     return results

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from extraction.backend import choose_backend
 from extraction.data.augment import Augmentation
 from extraction.data.clips import Clips
 from extraction.data.demo import write_demo_set
@@ -18,7 +19,7 @@ from extraction.data.folders import find_videos, list_classes, require_folder
 from extraction.distill import distill
 from extraction.evaluation import Referee
 from extraction.report import finish, print_results
-from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
+from extraction.runs import Run, check_at_least, run_script, set_seed
 from extraction.students import create_student
 
 
@@ -48,6 +49,10 @@ class Config:
     rotation: float = 15.0
     seed: int = 0
     device: str = "auto"
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU."""
+    compile: str = "auto"
+    """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 8
     checkpoint_seconds: float = 300.0
     out_dir: str = "runs/labels_only"
@@ -66,7 +71,7 @@ def main(config: Config) -> dict:
     check_at_least(config, 1, "epochs", "batch_size", "num_frames", "stride", "step", "size")
     if config.demo:
         write_demo_set("datasets/demo")
-    device = choose_device(config.device)
+    backend = choose_backend(config.device, config.precision, config.compile)
     require_folder(config.own, "5 % of Kinetics-400's training set, in class folders,")
     require_folder(config.val, "Kinetics-400's validation set (or 10 % of it), in class folders,")
     run = Run("labels_only", config.out_dir, config, config.checkpoint_seconds)
@@ -76,10 +81,10 @@ def main(config: Config) -> dict:
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
     clips = Clips(find_videos(config.own, classes, "train", config.own_list), step=config.step, **shape)
     val = Clips(find_videos(config.val, classes, "val", config.val_list), views=(1, 1), **shape)
-    referee = Referee(val, classes, device, config.batch_size, config.num_workers)
+    referee = Referee(val, classes, backend.device, config.batch_size, config.num_workers)
     set_seed(config.seed)
-    student = create_student(config.student, len(classes), config.student_weights).to(device)
-    optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr))
+    student = backend.place(create_student(config.student, len(classes), config.student_weights))
+    optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr), fused=True)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
     history, _ = distill(
         run, student, None, clips, optimizer, schedule, referee.score,

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
+from extraction.backend import choose_backend
 from extraction.data.augment import Augmentation
 from extraction.data.clips import Clips
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, require_folder
 from extraction.distill import distill
 from extraction.report import finish, print_results
-from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
+from extraction.runs import Run, check_at_least, run_script, set_seed
 from extraction.setting import load_stage, open_setting
 
 
@@ -55,6 +56,10 @@ class Config:
     rotation: float = 15.0
     seed: int = 0
     device: str = "auto"
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU."""
+    compile: str = "auto"
+    """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 8
     checkpoint_seconds: float = 300.0
     out_dir: str = "runs/movinet_to_r50_finetune"
@@ -75,21 +80,21 @@ def main(config: Config) -> dict:
     check_at_least(config, 1, "epochs", "batch_size", "num_frames", "stride", "step", "size")
     if config.demo:
         write_demo_set("datasets/demo")
-    device = choose_device(config.device)
+    backend = choose_backend(config.device, config.precision, config.compile)
     require_folder(config.own, "5 % of Kinetics-600's training set, in class folders,")
     run = Run("movinet_to_r50_finetune", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return print_results(run.finished)
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
     victim, referee = open_setting(
-        run, device, victim=config.victim, victim_weights=config.victim_weights, answers="label", query_budget=0,
+        run, backend, victim=config.victim, victim_weights=config.victim_weights, answers="label", query_budget=0,
         val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         batch_size=config.batch_size, num_workers=config.num_workers, **shape,
     )  # fmt: skip
-    student, paid = load_stage(config.student, config.student_weights, victim.classes, device)
+    student, paid = load_stage(config.student, config.student_weights, victim.classes, backend)
     clips = Clips(find_videos(config.own, victim.classes, "train", config.own_list), step=config.step, **shape)
     set_seed(config.seed)
-    optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr))
+    optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr), fused=True)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
     history, _ = distill(
         run, student, None, clips, optimizer, schedule, referee.score, epochs=config.epochs, batch_size=config.batch_size,

@@ -16,13 +16,14 @@ from typing import Annotated
 import torch
 import tyro
 
+from extraction.backend import choose_backend
 from extraction.data.augment import Augmentation
 from extraction.data.clips import Clips
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, require_folder
 from extraction.distill import distill
 from extraction.report import finish, print_results
-from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
+from extraction.runs import Run, check_at_least, run_script, set_seed
 from extraction.setting import find_unrelated, open_setting
 from extraction.students import create_student
 
@@ -66,6 +67,10 @@ class Config:
     rotation: float = 15.0
     seed: int = 0
     device: str = "auto"
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU."""
+    compile: str = "auto"
+    """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 8
     checkpoint_seconds: float = 300.0
     out_dir: str = "runs/swin_to_c3d"
@@ -86,7 +91,7 @@ def main(config: Config) -> dict:
     check_at_least(config, 0, "query_budget", "head_lr", "body_lr", "num_workers")
     if config.demo:
         write_demo_set("datasets/demo")
-    device = choose_device(config.device)
+    backend = choose_backend(config.device, config.precision, config.compile)
     require_folder(config.own, "5 % of Kinetics-400's training set, in class folders,")
     unrelated = find_unrelated(config.unrelated, config.demo)
     run = Run("swin_to_c3d", config.out_dir, config, config.checkpoint_seconds)
@@ -94,15 +99,15 @@ def main(config: Config) -> dict:
         return print_results(run.finished)
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
     victim, referee = open_setting(
-        run, device, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
+        run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         batch_size=config.batch_size, num_workers=config.num_workers, **shape,
     )  # fmt: skip
     clips = Clips(find_videos(config.own, victim.classes, "train", config.own_list), step=config.step, **shape)
     clips = clips.joined(*(Clips(find_videos(folder, None), step=config.step, **shape) for folder in unrelated))
     set_seed(config.seed)
-    student = create_student(config.student, victim.num_classes, config.student_weights).to(device)
-    optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr))
+    student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))
+    optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr), fused=True)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
     history, stopped = distill(
         run, student, victim, clips, optimizer, schedule, referee.score, epochs=config.epochs, batch_size=config.batch_size,

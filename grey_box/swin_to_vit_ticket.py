@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from extraction.backend import choose_backend
 from extraction.data.augment import Augmentation
 from extraction.data.clips import Clips
 from extraction.data.demo import write_demo_set
@@ -25,7 +26,7 @@ from extraction.data.folders import find_videos, require_folder
 from extraction.distill import distill
 from extraction.pruning import Masks, count_sparsity, create_masks, hold, prune_globally, schedule_sparsities
 from extraction.report import draw_curves, finish, print_results
-from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
+from extraction.runs import Run, check_at_least, run_script, set_seed
 from extraction.setting import load_stage, open_setting
 from extraction.weights import save_weights
 
@@ -69,6 +70,10 @@ class Config:
     rotation: float = 15.0
     seed: int = 0
     device: str = "auto"
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU."""
+    compile: str = "auto"
+    """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 8
     checkpoint_seconds: float = 300.0
     out_dir: str = "runs/swin_to_vit_ticket"
@@ -90,18 +95,18 @@ def main(config: Config) -> dict:
     sparsities = schedule_sparsities(config.round_fraction, config.target_sparsity)
     if config.demo:
         write_demo_set("datasets/demo")
-    device = choose_device(config.device)
+    backend = choose_backend(config.device, config.precision, config.compile)
     require_folder(config.own, "5 % of Kinetics-400's training set, in class folders,")
     run = Run("swin_to_vit_ticket", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return print_results(run.finished)
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
     victim, referee = open_setting(
-        run, device, victim=config.victim, victim_weights=config.victim_weights, answers="label", query_budget=0,
+        run, backend, victim=config.victim, victim_weights=config.victim_weights, answers="label", query_budget=0,
         val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         batch_size=config.batch_size, num_workers=config.num_workers, **shape,
     )  # fmt: skip
-    student, paid = load_stage(config.student, config.student_weights, victim.classes, device)
+    student, paid = load_stage(config.student, config.student_weights, victim.classes, backend)
     clips = Clips(find_videos(config.own, victim.classes, "train", config.own_list), step=config.step, **shape)
     early = {key: value.clone() for key, value in student.net.state_dict().items()}
 
@@ -109,7 +114,7 @@ def main(config: Config) -> dict:
         """Train the survivors of `masks` from their early values. Returns the history and the weights."""
         set_seed(config.seed)
         student.net.load_state_dict(early)
-        optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr))
+        optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr), fused=True)
         hold(student.net, masks, optimizer)
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
         history, _ = distill(

@@ -300,9 +300,9 @@ class Meter:
             assert clips.max() <= 1
             return answers
 
-        def keep(ledger, keys, answers, real=Ledger._keep):
-            self.keys += keys
-            return real(ledger, keys, answers)
+        def keep(ledger, rows, real=Ledger._keep):
+            self.keys += rows
+            return real(ledger, rows)
 
         monkeypatch.setattr(Victim, "query", query)
         monkeypatch.setattr(Ledger, "_keep", keep)
@@ -428,11 +428,10 @@ def test_a_checkpoint_spares_what_a_longer_life_has_paid_for(configure, monkeypa
     meter = Meter(monkeypatch)
     with monkeypatch.context() as patch:
 
-        def dying(ledger, keys, answers, real=Ledger._keep):
-            rows = real(ledger, keys, answers)
+        def dying(ledger, rows, real=Ledger._keep):
+            real(ledger, rows)
             if meter.asked == 24:
                 raise InterruptedError
-            return rows
 
         patch.setattr(Ledger, "_keep", dying)
         with pytest.raises(InterruptedError):

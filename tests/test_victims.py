@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 from extraction.errors import BudgetExhausted, Stop
 from extraction.victims import ANSWERS, load_model, load_victim, shape_answers, swin
@@ -119,7 +120,7 @@ def test_published_key_layout_loads_to_the_same_network(tmp_path, last_norm):
     clips = torch.rand(1, 3, 32, 224, 224)[:, :, :8, :112, :112]
     normalised = (clips - torch.tensor(swin.MEAN).view(1, 3, 1, 1, 1)) / torch.tensor(swin.STD).view(1, 3, 1, 1, 1)
     with torch.no_grad():
-        assert torch.equal(model.model.net(normalised), net.eval()(normalised))
+        torch.testing.assert_close(model.model.net(normalised), net.eval()(normalised), atol=1e-5, rtol=1e-5)
     assert model.classes[0] == "abseiling"
     assert len(model.classes) == 400
 
@@ -191,3 +192,71 @@ def test_equals_mmaction2(tmp_path, num_frames, size):
         expected = head(backbone(clips))
         found = load_model("swin_t_k400", tmp_path / "swin.pth").model.net(clips)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+# --- the fused Video Swin ------------------------------------------------------------------------------------------
+
+
+def create_wild_swin(architecture: str) -> SwinTransformer3d:
+    """A small Swin in which each bias, mask and pad shows in the logits: nothing is zero, nothing is small."""
+    torch.manual_seed(0)
+    if architecture == "demo":
+        net = swin.create_swin("swin_demo", 12)
+    else:  # the published windows
+        net = SwinTransformer3d([2, 4, 4], 24, depths=[2, 2], num_heads=[2, 4], window_size=[8, 7, 7], num_classes=12)
+    for name, parameter in net.named_parameters():
+        std = 1.0 if parameter.ndim == 1 or name.endswith("bias_table") else 1.4 / parameter[0].numel() ** 0.5
+        torch.nn.init.normal_(parameter, std=std)
+    return net.eval().requires_grad_(False)
+
+
+SIZES = [
+    pytest.param("demo", (16, 48, 48), id="demo"),
+    pytest.param("demo", (40, 90, 54), id="demo-padded-shifted-in-time"),
+    pytest.param("published", (32, 56, 28), id="shifted"),
+    pytest.param("published", (8, 56, 56), id="shorter-than-a-window"),
+    pytest.param("published", (18, 33, 50), id="padded"),  # patches, windows and merging all need pads
+    pytest.param("published", (6, 20, 20), id="smaller-than-a-window"),
+]
+
+
+@pytest.mark.parametrize(("architecture", "size"), SIZES)
+def test_fused_swin_equals_torchvision(architecture, size):
+    net, clips = create_wild_swin(architecture), torch.randn(3, 3, *size)
+    keys, fused = list(net.state_dict()), swin.FusedSwin(net)
+    expected, found = net(clips), fused(clips)
+    atol = 1e-5 * expected.std().item()
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+    torch.testing.assert_close(torch.cat([fused(clip[None]) for clip in clips]), found, atol=atol, rtol=0)
+    assert list(fused.state_dict()) == keys
+
+
+def test_fused_swin_keeps_what_serves_every_mode_and_precision():
+    net = create_wild_swin("demo").requires_grad_(True)
+    fused, clips = swin.FusedSwin(net), torch.randn(4, 3, 16, 48, 48)
+    with torch.inference_mode():
+        expected = fused(clips)
+    kept = fused.plans[0]
+    # A mask with a gradient would keep PyTorch from its fused attention.
+    assert not any(buffer.requires_grad for buffer in fused.buffers())
+    fused(clips.requires_grad_(True)).sum().backward()
+    assert clips.grad.abs().max() > 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for swift in (fused(clips), net(clips)):
+            assert (swift.float() - expected).std() < 0.01 * expected.std()
+    assert [plan.steps[0].mask.dtype for plan in fused.plans] == [torch.float32, torch.bfloat16]
+    assert fused.plans[0] is kept
+    fused(torch.randn(1, 3, 16, 72, 48))  # another size replaces them
+    assert [plan.size for plan in fused.plans] == [(4, 12, 8)]
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_fused_swin_compiles_to_one_graph(backend, precision):
+    fused, clips = swin.FusedSwin(create_wild_swin("demo")), torch.randn(4, 3, 16, 48, 48)
+    compiled = torch.compile(fused.prepare(16, 48, 48, precision), fullgraph=True, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        for part in (clips, clips[:3]):  # the last batch of a set is smaller
+            expected = fused(part).float()
+            tolerance = 1e-5 if precision == torch.float32 else 0.02
+            assert (compiled(part).float() - expected).abs().max() < tolerance * expected.std()

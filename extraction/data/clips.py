@@ -62,24 +62,24 @@ def probe(path: Path) -> Probe:
         if size == 0:
             raise Unreadable("empty file")
         with av.open(str(path)) as container:
-            stream = _video_stream(container)
+            stream = open_video_stream(container)
             num_frames = stream.frames
             if num_frames <= 0 and container.duration and stream.average_rate:
                 num_frames = int(container.duration / av.time_base * stream.average_rate)
             if num_frames <= 0:
                 num_frames = sum(1 for packet in container.demux(stream) if packet.size)
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise Unreadable(_reason(error)) from None
+        raise Unreadable(describe_error(error)) from None
     if num_frames <= 0:
         raise Unreadable("no frames")
     return Probe(num_frames, digest.hexdigest())
 
 
-def _reason(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
+def open_video_stream(container: av.container.InputContainer) -> av.VideoStream:
     if not container.streams.video:
         raise Unreadable("no video stream")
     stream = container.streams.video[0]
@@ -100,25 +100,31 @@ def decode_clip(
     `crop` along the long side (0 left or top, 0.5 centre, 1 right or bottom). A video that ends early repeats its last
     frame. Raises Unreadable when no frame can be had.
     """
-    frames: list[np.ndarray] = []
     reason = f"no frame could be decoded from frame {start} on"
     # By timestamp first; where that finds nothing (timestamps can be wrong or missing), by counting from the beginning.
-    for first_frame in (_seek_frames, _count_frames) if start else (_count_frames,):
-        scaler = VideoReformatter()
+    for first_frame in (_seek_quickly, _seek_frames, _count_frames) if start else (_count_frames,):
+        scaler, clip, count = VideoReformatter(), None, 0
         try:
             with av.open(str(path)) as container:
-                for number, frame in enumerate(first_frame(container, _video_stream(container), start)):
+                for number, frame in enumerate(first_frame(container, open_video_stream(container), start)):
                     if number % stride == 0:
                         picture = _to_rgb(scaler, frame, size, crop)
-                        if frames and picture.shape != frames[0].shape:
+                        if clip is None:
+                            clip = np.empty((num_frames, *picture[0].shape, 3), np.uint8)
+                        if picture[0].shape != clip.shape[1:3]:
                             break  # the video changes its size here
-                        frames.append(picture)
-                        if len(frames) == num_frames:
+                        for channel, plane in enumerate(picture):
+                            clip[count, ..., channel] = plane
+                        count += 1
+                        if count == num_frames:
                             break
         except (av.error.FFmpegError, OSError, ValueError) as error:
-            reason = _reason(error)  # damage after the first frames leaves a clip all the same
-        if frames:
-            return np.stack(frames + [frames[-1]] * (num_frames - len(frames)))
+            if first_frame is _seek_quickly:
+                continue  # it bears no damage; the next one does
+            reason = describe_error(error)  # damage after the first frames leaves a clip all the same
+        if count:
+            clip[count:] = clip[count - 1]
+            return clip
     raise Unreadable(reason)
 
 
@@ -126,29 +132,67 @@ def _count_frames(container: av.container.InputContainer, stream: av.VideoStream
     return itertools.islice(container.decode(stream), start, None)
 
 
-def _seek_frames(container: av.container.InputContainer, stream: av.VideoStream, start: int) -> Iterator[av.VideoFrame]:
+def _seek_quickly(container: av.container.InputContainer, stream: av.VideoStream, start: int) -> Iterator[av.VideoFrame]:
+    return _seek_frames(container, stream, start, quickly=stream.codec_context.name == "h264")
+
+
+def _seek_frames(
+    container: av.container.InputContainer, stream: av.VideoStream, start: int, quickly: bool = False
+) -> Iterator[av.VideoFrame]:
+    """The frames from frame `start` on. `quickly`: without decoding those before it that no other is made from.
+
+    H.264 alone marks them so strictly that every pixel of the others stays what it was. What conceals damage may be made from
+    them, though, so that damage then raises an error.
+    """
     rate = stream.average_rate or stream.guessed_rate
     if not rate or not stream.time_base:
         return
     tick = 1 / (rate * stream.time_base)  # one frame, in the stream's time base
     wanted = (stream.start_time or 0) + start * tick
     container.seek(int(wanted), stream=stream, backward=True)
-    for frame in container.decode(stream):
-        if frame.pts is not None and frame.pts >= wanted - tick / 2:
-            yield frame
+    decoder, late = stream.codec_context, None
+    if quickly:
+        decoder.options = {"err_detect": "explode"}
+    for packet in container.demux(stream):
+        early = packet.pts is not None and packet.pts < wanted - tick / 2
+        decoder.skip_frame = "NONREF" if quickly and early else "DEFAULT"
+        for frame in packet.decode():
+            if frame.pts is None:
+                continue
+            if late is None:
+                late = frame.pts > wanted + tick / 2
+            if late:  # some containers' indices lead past what was wanted: MPEG program streams
+                return
+            if frame.pts >= wanted - tick / 2:
+                yield frame
 
 
-def _to_rgb(scaler: VideoReformatter, frame: av.VideoFrame, size: int | None, crop: float) -> np.ndarray:
+def _to_rgb(scaler: VideoReformatter, frame: av.VideoFrame, size: int | None, crop: float) -> list[np.ndarray]:
+    """The frame's red, green and blue, scaled, upright and cut."""
     width, height = frame.width, frame.height
     if size is not None:
         scale = size / min(width, height)
         width, height = max(size, round(width * scale)), max(size, round(height * scale))
-    picture = scaler.reformat(frame, width, height, "rgb24", interpolation=_SCALING, threads=1).to_ndarray()
-    picture = np.rot90(picture, round((frame.rotation or 0) / 90) % 4)
+    # FFmpeg is twice as fast at planes as at pixels. The values are the same unless the picture grows: there one in a few
+    # hundred differs by 1, and a clip that was asked about once must stay what it was.
+    planar = height <= frame.height and frame.format.name.startswith("yuv")
+    layout = "gbrp" if planar else "rgb24"
+    picture = scaler.reformat(frame, width, height, layout, interpolation=_SCALING, threads=1)
+    if planar:
+        green, blue, red = map(view_plane, picture.planes)
+        colours = [red, green, blue]
+    else:
+        colours = list(np.moveaxis(picture.to_ndarray(), 2, 0))
+    colours = [np.rot90(colour, round((frame.rotation or 0) / 90) % 4) for colour in colours]
     if size is not None:
-        y, x = (round((side - size) * crop) for side in picture.shape[:2])
-        picture = picture[y : y + size, x : x + size]
-    return picture
+        y, x = (round((side - size) * crop) for side in colours[0].shape)
+        colours = [colour[y : y + size, x : x + size] for colour in colours]
+    return colours
+
+
+def view_plane(plane: av.video.plane.VideoPlane) -> np.ndarray:
+    """A plane of a frame as an array of its bytes, without a copy."""
+    return np.ndarray((plane.height, plane.width), np.uint8, plane, strides=(plane.line_size, 1))
 
 
 class Clips(Dataset):
@@ -248,15 +292,21 @@ def collate(items: list[tuple[int, np.ndarray | str]]) -> Batch:
     return Batch([index for index, _ in good], clips, [(index, clip) for index, clip in items if isinstance(clip, str)])
 
 
-def load_batches(dataset: Dataset, batches: Sequence[Sequence[int]], num_workers: int, pin_memory: bool = False) -> DataLoader:
-    """A loader that yields one `Batch` for each list of indices in `batches`, in order, decoded in `num_workers` processes."""
+def load_batches(
+    dataset: Dataset, batches: Sequence[Sequence[int]], num_workers: int, pin_memory: bool = False, prefetch: int = 2
+) -> DataLoader:
+    """A loader that yields one `Batch` for each list of indices in `batches`, in order, decoded in `num_workers` processes.
+
+    Each process is up to `prefetch` batches ahead; more than 2 is not faster (`benchmarks/loader.py`), and every batch ahead
+    takes its place in shared memory.
+    """
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=prefetch if num_workers else None,
         worker_init_fn=_start_worker,
         timeout=600 if num_workers else 0,  # a worker that lost its shared memory would otherwise be waited for for ever
     )

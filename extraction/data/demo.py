@@ -8,6 +8,8 @@ All drawing is integer arithmetic on values rounded from the standard library's 
 pixels on every machine. Videos are then written as ordinary H.264 mp4 files in class folders.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -367,6 +369,23 @@ def write_demo_set(
     interrupted one, write only what is missing.
     """
     root, splits = Path(root), splits or ATTACK_SPLITS
+    with locked(root):
+        _write_splits(root, splits, num_classes, num_frames, size, seed, processes)
+    return root
+
+
+@contextlib.contextmanager
+def locked(root: Path):
+    """Make a folder, and have it alone: of two scripts that want to draw, the second waits, and finds it drawn."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write_splits(
+    root: Path, splits: dict[str, int], num_classes: int, num_frames: int, size: int, seed: int, processes: int | None
+) -> None:
     for split, count in splits.items():
         folder, stamp = root / split, root / f".{split}.json"
         wanted = json.dumps([VERSION, count, num_classes, num_frames, size, seed])
@@ -383,4 +402,3 @@ def write_demo_set(
             for _ in tqdm(done, total=len(jobs), desc=f"drawing demo {split}", unit="video", dynamic_ncols=True):
                 pass
         stamp.write_text(wanted)
-    return root

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from extraction.data.demo import locked
 from extraction.data.folders import require_folder
 from extraction.errors import Stop
 from extraction.weights import fingerprint
@@ -247,12 +248,12 @@ def write_demo_images(root: str | Path = "datasets/demo/images", num_images: int
     """
     root = Path(root)
     stamp, wanted = root / ".images", f"1 {num_images} {size} {seed}"
-    if stamp.exists() and stamp.read_text() == wanted:
-        return root
-    root.mkdir(parents=True, exist_ok=True)
-    for number in range(num_images):
-        Image.fromarray(draw_texture(np.random.default_rng([seed, number]), size)).save(root / f"{number:04d}.png")
-    stamp.write_text(wanted)
+    with locked(root):
+        if stamp.exists() and stamp.read_text() == wanted:
+            return root
+        for number in range(num_images):
+            Image.fromarray(draw_texture(np.random.default_rng([seed, number]), size)).save(root / f"{number:04d}.png")
+        stamp.write_text(wanted)
     return root
 
 

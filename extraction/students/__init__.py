@@ -92,8 +92,8 @@ class Student(Preprocessed):
         if self.spec.triplets:
             clips = grey_triplets(clips)
         windows = split_windows(clips, self.spec.window)
-        logits = self.net(windows.squeeze(2) if self.spec.window == 1 else windows)
-        return logits.float().view(batch, -1, self.num_classes).mean(1)
+        logits = self.run(windows.squeeze(2) if self.spec.window == 1 else windows)
+        return logits.view(batch, -1, self.num_classes).mean(1)
 
     @property
     def head(self) -> nn.Module:

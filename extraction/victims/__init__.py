@@ -74,7 +74,7 @@ def _load_swin(architecture: str, weights: Path) -> tuple[Preprocessed, list[str
         raise Stop(f"{weights}: the head has {len(head)} classes, {architecture}_k400 has {len(classes)}")
     net = swin.create_swin(architecture, len(classes))
     swin.load_state(net, state, weights, architecture)
-    return Preprocessed(net, 32, 224, swin.MEAN, swin.STD), classes
+    return Preprocessed(swin.FusedSwin(net), 32, 224, swin.MEAN, swin.STD), classes
 
 
 def create_network(architecture: str, num_classes: int, num_frames: int, size: int) -> Preprocessed:
@@ -102,8 +102,7 @@ def _load_trained(weights: Path) -> tuple[Preprocessed, list[str]]:
         raise Stop(f"{weights}: not a victim made by train_victim.py (no class names inside); pass --victim by its own name")
     model = create_network(about["architecture"], len(about["classes"]), about["num_frames"], about["size"])
     swin.load_state(model.net, read_state(weights), weights, about["architecture"])
-    if isinstance(model.net, movinet.MoViNet):
-        model.net = model.net.fuse()
+    model.net = model.net.fuse() if isinstance(model.net, movinet.MoViNet) else swin.FusedSwin(model.net)
     return model, about["classes"]
 
 

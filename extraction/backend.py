@@ -1,0 +1,50 @@
+"""How networks are run: on which device, in which precision, compiled or not."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from extraction.errors import Stop
+from extraction.preprocess import LAYOUTS, Preprocessed
+from extraction.runs import choose_device
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Compiling Swin-B takes a minute or two and saves some 50 ms a batch of 16 on an H200: a network that has had so many
+# batches is worth it, whatever is still to come, and a short run never pays for it.
+COMPILE_AFTER = 1000
+
+
+class Backend(NamedTuple):
+    """What `choose_backend` chose."""
+
+    device: torch.device
+    precision: torch.dtype
+    compile_after: int | None  # batches of one shape, after which a network is compiled; None: never
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a model to the device and let every network in it run as chosen. Its weights stay float32."""
+        model = model.to(self.device)
+        for weight in model.parameters():  # channels last: convolutions are faster so, on a CPU too
+            if weight.ndim in LAYOUTS:
+                weight.data = weight.data.contiguous(memory_format=LAYOUTS[weight.ndim])
+        for part in model.modules():
+            if isinstance(part, Preprocessed):
+                part.precision, part.compile_after = self.precision, self.compile_after
+        return model
+
+
+def choose_backend(device: str = "auto", precision: str = "auto", compile: str = "auto") -> Backend:
+    """`precision` is fp32, bf16 (autocast), or auto: bf16 on a GPU that has it, else fp32. `compile` is on, off, or auto: on
+    a GPU, once a network has had `COMPILE_AFTER` batches of one shape. Raises Stop for other words.
+    """
+    place = choose_device(device)
+    on_gpu = place.type == "cuda"
+    if precision == "auto":
+        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if precision not in PRECISIONS:
+        raise Stop(f"--precision {precision}: write auto, {' or '.join(PRECISIONS)}")
+    choices = {"auto": COMPILE_AFTER if on_gpu else None, "on": 0, "off": None}
+    if compile not in choices:
+        raise Stop(f"--compile {compile}: write auto, on or off")
+    return Backend(place, PRECISIONS[precision], choices[compile])

@@ -1,0 +1,198 @@
+"""Several processes, one experiment: what each does when a script is started by `torchrun` or `accelerate launch`.
+
+A run in several processes is the same run, faster: every batch is cut into shares that keep its order, gradients are
+averaged by PyTorch's DDP, normalisation takes the statistics of the whole batch, and the first process alone keeps the
+ledger, writes files and prints. So losses, bills and checkpoints are those of one process, up to rounding, and a run may go
+on with another number of them. Accelerate finds the processes and their devices. With one process nothing here does anything.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import partialmethod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce  # the one that gradients go through
+from tqdm import tqdm
+
+from extraction.errors import Stop
+
+
+def start(device: str = "auto") -> None:
+    """Join the other processes of this run, if a launcher started several. Raises Stop for a device that can't be shared."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if device not in ("auto", "cpu", "cuda"):
+        raise Stop(f"--device {device}: several processes take the GPUs in order; pass auto or cpu")
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    from accelerate import PartialState  # here, because it takes seconds to import
+
+    PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for the rest of this process
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+
+
+def end() -> None:
+    """Leave the others, after the work."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def num_processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def own_device() -> torch.device | None:
+    """The device that belongs to this process; None when it is the only one."""
+    if num_processes() == 1:
+        return None
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
+def require_one(what: str) -> None:
+    """Raise Stop when there are several processes."""
+    if num_processes() > 1:
+        raise Stop(f"{what} runs in one process; start it without torchrun or accelerate")
+
+
+def own_share(items: Sequence | Tensor) -> Any:
+    """This process's part of `items`: the parts of all, in order, are `items` again."""
+    if num_processes() == 1:
+        return items
+    return items[len(items) * rank() // num_processes() : len(items) * (rank() + 1) // num_processes()]
+
+
+def gather(items: list) -> list:
+    """The lists of all processes, one after the other. Plain picklable values."""
+    if num_processes() == 1:
+        return items
+    from accelerate.utils import gather_object
+
+    return gather_object(items)
+
+
+def gather_tensor(own: Tensor) -> Tensor:
+    """The tensors of all processes, of one shape, one after the other along their first axis."""
+    if num_processes() == 1:
+        return own
+    from accelerate.utils import gather
+
+    return gather(own.contiguous())
+
+
+def total(own: Tensor) -> Tensor:
+    """The sum of a tensor over all processes."""
+    if num_processes() == 1:
+        return own
+    from accelerate.utils import reduce
+
+    return reduce(own, "sum")
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether `flag` is true in any process."""
+    return any(gather([flag]))
+
+
+class Ended(SystemExit):
+    """The first process says why the run ends; the others just end."""
+
+
+def from_first(function: Callable[[], Any]) -> Any:
+    """What `function` returns in the first process, where alone it is called. Its Stop ends all of them."""
+    if num_processes() == 1:
+        return function()
+    from accelerate.utils import broadcast_object_list
+
+    outcome, error = [None, False], None
+    if is_first():
+        try:
+            outcome[0] = function()
+        except Stop as stop:
+            error, outcome[1] = stop, True
+    broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    if outcome[1]:
+        raise Ended(1)
+    return outcome[0]
+
+
+class WholeBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation over the batches of all processes, on any device. PyTorch's own needs a GPU."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        dims = [0, *range(2, x.ndim)]
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        count = total(torch.tensor(x.numel() / x.shape[1], device=x.device))
+        mean = all_reduce(x.sum(dims), "sum", dist.group.WORLD) / count
+        centred = x - mean.view(shape)
+        var = all_reduce(centred.square().sum(dims), "sum", dist.group.WORLD) / count
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        normal = centred * torch.rsqrt(var + self.eps).view(shape)
+        return normal * self.weight.view(shape) + self.bias.view(shape) if self.affine else normal
+
+
+def _normalise_whole_batches(net: nn.Module) -> None:
+    for name, child in net.named_children():
+        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            whole = WholeBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
+            # The same parameters and statistics, so that optimisers and state dicts stay what they are.
+            whole._parameters, whole._buffers, whole.training = child._parameters, child._buffers, child.training
+            setattr(net, name, whole)
+        else:
+            _normalise_whole_batches(child)
+
+
+def parallel(net: nn.Module) -> Callable:
+    """The forward pass of `net` for training on shares of batches: its backward pass averages gradients over processes.
+
+    `net` itself keeps its parameters and state dict; it can be scored, copied and saved as before.
+    """
+    if num_processes() == 1:
+        return net
+    on_gpu = next(net.parameters()).is_cuda
+    if on_gpu:
+        for name, child in net.named_children():
+            setattr(net, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+    else:
+        _normalise_whole_batches(net)
+    # Statistics are those of the whole batch everywhere, so they need not be sent round.
+    return nn.parallel.DistributedDataParallel(net, [own_device().index] if on_gpu else None, forward_sync_buffers=False)
+
+
+def describe_lost_process(error: BaseException) -> str | None:
+    """One line for an error of the processes' talk with each other; None for any other error."""
+    if num_processes() == 1 or not re.search(r"gloo|nccl|connection|broken pipe|timed? ?out|peer", str(error), re.IGNORECASE):
+        return None
+    return (
+        f"another of the {num_processes()} processes of this run ended; what it said is above, if it could say anything. "
+        "Run the same command again: it goes on from the last checkpoint, and nothing is paid twice"
+    )
