@@ -40,7 +40,9 @@ def times_as_fast(seconds: dict[str, list[float]], name: str, base: str) -> floa
     return statistics.median(other / own for own, other in zip(seconds[name], seconds[base], strict=True))
 
 
-def warm_up(build: Callable[[], Callable[[], None]], device: torch.device) -> tuple[Callable[[], None], int | None]:
+def warm_up(
+    build: Callable[[], Callable[[], None]], device: torch.device, steps: int = 3
+) -> tuple[Callable[[], None], int | None]:
     """Build a contender and take its first steps, which compile it and make its optimiser's state.
 
     Returns it with, on a GPU, the peak memory of a further step, less what other contenders hold.
@@ -48,7 +50,7 @@ def warm_up(build: Callable[[], Callable[[], None]], device: torch.device) -> tu
     gc.collect()
     held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     step = build()
-    for _ in range(3):
+    for _ in range(steps):
         step()
     if device.type != "cuda":
         return step, None

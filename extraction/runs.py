@@ -201,6 +201,8 @@ def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None
     doc = (sys.modules[main.__module__].__doc__ or "").strip()
     try:
         config = tyro.cli(config_class, default=default, description=doc)
+        if "OMP_NUM_THREADS" not in os.environ:  # threads beside the loader's workers, not against them: that halves the rate
+            torch.set_num_threads(max(1, torch.get_num_threads() - getattr(config, "num_workers", 0)))
         processes.start(getattr(config, "device", "auto"))
         main(config)
         processes.end()
