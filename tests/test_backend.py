@@ -1,0 +1,81 @@
+"""How networks are run: the same answers in every way, and no compiling for a short run."""
+
+import pytest
+import torch
+from torch import nn
+
+from extraction.backend import COMPILE_AFTER, choose_backend
+from extraction.data.clips import Clips
+from extraction.data.folders import find_videos
+from extraction.errors import Stop
+from extraction.evaluation import predict_videos
+from extraction.preprocess import Preprocessed
+from extraction.students import create_student
+from extraction.victims import load_model
+
+
+def test_a_cpu_is_exact_and_never_compiles_unless_asked():
+    assert choose_backend("cpu") == (torch.device("cpu"), torch.float32, None)
+    assert choose_backend("cpu", "bf16", "on") == (torch.device("cpu"), torch.bfloat16, 0)
+    assert choose_backend("cpu", "fp32", "off").compile_after is None
+    with pytest.raises(Stop, match="--precision half: write auto, fp32 or bf16"):
+        choose_backend("cpu", "half")
+    with pytest.raises(Stop, match="--compile yes: write auto, on or off"):
+        choose_backend("cpu", compile="yes")
+
+
+@pytest.mark.parametrize("name", ["demo_swin", "demo_movinet"])
+def test_half_precision_answers_as_float32_does(name, demo_set):
+    videos = find_videos(demo_set / "val", load_model(name).classes, "val")
+    clips = Clips(videos, num_frames=16, size=48, views=(1, 1))
+    said = {}
+    for precision in ("fp32", "bf16"):
+        model = choose_backend("cpu", precision).place(load_model(name))
+        said[precision] = predict_videos(model, clips, "cpu").probs
+        assert next(model.parameters()).dtype == torch.float32
+        assert model(torch.rand(1, 3, 16, 48, 48)).dtype == torch.float32
+    assert not torch.equal(said["fp32"], said["bf16"])  # it was another precision
+    assert (said["fp32"].argmax(1) == said["bf16"].argmax(1)).float().mean() >= 0.95  # 24 videos; benchmarks/ has more
+    kl = (said["fp32"] * (said["fp32"] / said["bf16"]).clamp(min=1e-9).log()).sum(1).mean()
+    assert kl < 1e-3
+
+
+def test_a_network_is_compiled_for_the_shape_that_comes_often_and_only_then(monkeypatch, capsys):
+    compiled = []
+
+    def compile(net, dynamic):
+        compiled.append(dynamic)
+        return lambda batch: net(batch) + 1
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = Preprocessed(nn.Sequential(nn.Flatten(), nn.LazyLinear(2)))
+    backend = choose_backend("cpu")._replace(compile_after=3)
+    backend.place(model)
+    with torch.no_grad():
+        plain = model(torch.ones(2, 3, 1, 4, 4))
+        for _ in range(2):
+            assert torch.equal(model(torch.ones(2, 3, 1, 4, 4)), plain)
+        for _ in range(2):
+            assert torch.equal(model(torch.ones(2, 3, 1, 4, 4)), plain + 1)
+        assert torch.allclose(model(torch.ones(1, 3, 1, 4, 4)), plain[:1])  # the last batch of an epoch
+        model.eval()
+        assert torch.equal(model(torch.ones(2, 3, 1, 4, 4)), plain)  # a graph of its own
+    assert compiled == [False]
+    assert capsys.readouterr().out.count("compiling Sequential for batches of 2x3x1x4x4") == 1
+    assert set(model.state_dict()) == {"net.1.weight", "net.1.bias"}
+    assert COMPILE_AFTER >= 100
+
+
+def test_channels_last_changes_no_answer():
+    torch.manual_seed(0)
+    for name in ("r2plus1d_tiny", "resnet_demo"):
+        student = create_student(name, 5).eval()
+        clips = torch.rand(2, 3, 8, 40, 40)
+        with torch.no_grad():
+            plain = student.net(torch.rand(1, 3, 32, 32) if name == "resnet_demo" else torch.rand(1, 3, 8, 32, 32))
+            before = student(clips)
+            after = choose_backend("cpu").place(student)(clips)
+        assert plain.shape == (1, 5)
+        assert torch.allclose(before, after, atol=1e-5)
+        first = next(p for p in student.parameters() if p.ndim in (4, 5))
+        assert not first.is_contiguous()
