@@ -22,16 +22,20 @@ def synchronise(device: torch.device) -> None:
 
 
 def take_turns(contenders: dict[str, Callable[[], None]], turns: int, steps: int, device: torch.device) -> dict[str, list]:
-    """Seconds of a step, for each turn of each contender. In turns, so that a slow moment of the machine hits all."""
+    """Seconds of a step, for each turn of each contender. In turns, so that a slow moment of the machine hits all.
+
+    A turn has so many steps, or as many as fit in ten seconds.
+    """
     seconds = {name: [] for name in contenders}
     for turn in range(turns):
         for name in list(contenders)[:: 1 if turn % 2 == 0 else -1]:
             synchronise(device)
-            begin = time.perf_counter()
-            for _ in range(steps):
+            begin, done = time.perf_counter(), 0
+            while done < steps and (done == 0 or time.perf_counter() - begin < 10):
                 contenders[name]()
+                done += 1
             synchronise(device)
-            seconds[name].append((time.perf_counter() - begin) / steps)
+            seconds[name].append((time.perf_counter() - begin) / done)
     return seconds
 
 
@@ -41,7 +45,7 @@ def times_as_fast(seconds: dict[str, list[float]], name: str, base: str) -> floa
 
 
 def warm_up(
-    build: Callable[[], Callable[[], None]], device: torch.device, steps: int = 3
+    build: Callable[[], Callable[[], None]], device: torch.device, steps: int = 2
 ) -> tuple[Callable[[], None], int | None]:
     """Build a contender and take its first steps, which compile it and make its optimiser's state.
 

@@ -188,6 +188,16 @@ def parallel(net: nn.Module) -> Callable:
     return nn.parallel.DistributedDataParallel(net, [own_device().index] if on_gpu else None, forward_sync_buffers=False)
 
 
+def is_first_to_say(line: str) -> bool:
+    """Whether no other process has said `line`: what stops all of them is printed once."""
+    if num_processes() == 1:
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add(line, 1) == 1
+    except RuntimeError:  # the store went with another process
+        return True
+
+
 def describe_lost_process(error: BaseException) -> str | None:
     """One line for an error of the processes' talk with each other; None for any other error."""
     if num_processes() == 1 or not re.search(r"gloo|nccl|connection|broken pipe|timed? ?out|peer", str(error), re.IGNORECASE):

@@ -207,14 +207,17 @@ def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None
         main(config)
         processes.end()
     except Stop as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        if processes.is_first_to_say(str(error)):
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
         lost = processes.describe_lost_process(error)
         if lost is None:
             raise
-        print(f"{Path(sys.argv[0]).name}: {lost}", file=sys.stderr, flush=True)
+        if processes.is_first_to_say(lost):
+            print(f"{Path(sys.argv[0]).name}: {lost}", file=sys.stderr, flush=True)
         os._exit(1)  # an orderly exit would wait for the one that is gone
     except KeyboardInterrupt as error:
-        print(str(error) or "interrupted", file=sys.stderr)
+        if processes.is_first_to_say(str(error)):
+            print(str(error) or "interrupted", file=sys.stderr)
         sys.exit(130)

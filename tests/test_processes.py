@@ -85,8 +85,8 @@ def test_two_processes_follow_one_over_50_steps_and_pay_the_same(kd_flags, tmp_p
 def test_a_global_budget_is_never_passed_and_a_larger_one_goes_on_with_another_number_of_processes(kd_flags, tmp_path):
     flags = [*kd_flags, "--epochs", 2, "--head-lr", 3e-5, "--body-lr", 3e-6]
     outputs = finish(start(KD, tmp_path / "run", [*flags, "--query-budget", 101]), 1)
-    assert outputs[0].strip().splitlines()[-1].startswith("swin_to_r21_kd.py: query budget exhausted: 101 of 101")
-    assert outputs[1].count("query budget exhausted") <= 1
+    # Said once, by the first to say it; twice when that one was gone before the other asked whether it had.
+    assert "".join(outputs).count("swin_to_r21_kd.py: query budget exhausted: 101 of 101 queries spent") in (1, 2)
     assert "Traceback" not in "".join(outputs)
     assert ledger.count(str(tmp_path / "run" / "ledger.sqlite")) == 101
     finish(start(KD, tmp_path / "run", flags, 1))
@@ -137,8 +137,8 @@ def test_one_bad_input_is_said_once(kd_flags, tmp_path):
     outputs = finish(start(KD, tmp_path / "run", [*kd_flags, "--epochs", 0]), 1)
     outputs += finish(start(KD, tmp_path / "run", [*kd_flags, "--victim", "nobody"]), 1)
     assert "Traceback" not in "".join(outputs)
-    assert "--epochs 0" in outputs[0]
-    assert "no victim is called 'nobody'" in outputs[2]
+    assert "".join(outputs[:2]).count("--epochs 0: it must be at least 1") in (1, 2)
+    assert "".join(outputs[2:]).count("no victim is called 'nobody'") in (1, 2)
 
 
 def test_whole_batch_norm_alone_is_batch_norm():
