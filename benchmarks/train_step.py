@@ -1,0 +1,513 @@
+"""How fast a student is trained on a victim's answers: our step beside that of 2022, in one process, in turns.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --profile
+    python benchmarks/train_step.py --growth --out growth.png
+
+On a GPU at full size (Video Swin-B into R(2+1)D-34), on a CPU at the demo's. Then: whether fast answers are still the
+victim's; the run ends with status 1 where they aren't.
+
+The step of 2022: float32, eager, torchvision's Swin as it is, clips made ready on the CPU in float, one at a time, in the
+training process, every view asked about anew, the loss read each step; `saving`: the whole student pickled after each.
+`networks only` is that without the making ready, its clips lying on the device, as if any number of workers had made them.
+Ours is what `extraction.distill` does with a batch that the loader brings (`benchmarks/loader.py`): copy, views on the
+device, the ledger, the victim where the ledger does not know the view (`live`, else `kept`), and the student's step.
+
+Published victims get random weights: they are as fast as trained ones. PyTorch's switches for TF32 are left alone: on a GPU
+convolutions in float32 use it and matrix products don't, so that their share of a matrix product's peak can pass 100 %.
+"""
+
+import itertools
+import json
+import math
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from side_by_side import describe_bytes, measure_matmul, peak_memory, run_alone, synchronise, take_turns, times_as_fast, warm_up
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import functional as TF
+
+from extraction import processes
+from extraction.backend import PRECISIONS, Backend, choose_backend
+from extraction.data.augment import Augmentation, create_views, view_key
+from extraction.data.clips import Clips, load_batches
+from extraction.data.demo import ATTACK_SPLITS, write_demo_set
+from extraction.data.folders import find_videos
+from extraction.distill import answers_to_targets, distillation_loss
+from extraction.errors import Stop
+from extraction.ledger import Ledger
+from extraction.preprocess import Preprocessed
+from extraction.runs import check_at_least, choose_device, run_script
+from extraction.students import STUDENTS, create_student
+from extraction.victims import KNOWN_CLASSES, Victim, VictimModel, create_network, find_weights, load_model, swin
+from extraction.weights import read_metadata, read_state
+
+AUGMENTATION, LABEL_WEIGHT, HEAD_LR, BODY_LR = Augmentation(), 10.0, 3e-5, 3e-6
+NUM_BATCHES = 2  # different ones, that come round
+MIN_SAME, MAX_DIVERGENCE = 0.995, 1e-3
+
+
+@dataclass(frozen=True)
+class Config:
+    scale: str = "auto"
+    """full, demo, or auto: full on a GPU."""
+    batch_size: int | None = None
+    """16."""
+    num_frames: int | None = None
+    """Of the clips and of both networks: 32 at full size, 16 in the demo."""
+    size: int | None = None
+    """224 and 48. The student's grows with it."""
+    steps: int | None = None
+    """Of a turn: 10 on a GPU, 4 on a CPU."""
+    turns: int = 3
+    """Their median counts."""
+    memory: bool = True
+    """On a CPU: start each row once more, in a process of its own, for its peak memory."""
+    demo_set: str = "datasets/demo"
+    """Where the clips are that fast and slow answers are compared on; drawn when they aren't there."""
+    profile: bool = False
+    """Show where the time of our step goes, instead."""
+    growth: bool = False
+    """Show how our step grows, instead."""
+    axes: tuple[str, ...] = ("batch_size", "num_frames", "size", "processes")
+    """Along what."""
+    out: str = "growth.png"
+    """The picture of it."""
+    alone: str | None = None
+    """Run this row alone and print its figures as JSON: --growth and --memory start it so."""
+    device: str = "auto"
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU."""
+    compile: str = "auto"
+    """on, off, or auto: on for a GPU, but off along --growth, where every point would compile."""
+
+
+class Setting(NamedTuple):
+    """What is stolen from what, and the shapes of it."""
+
+    victim: str
+    student: str
+    batch_size: int
+    num_frames: int
+    size: int
+    student_size: int
+    decoded: tuple[int, int]  # height and width of the frames that the scripts of 2022 resized themselves
+
+
+SCALES = {
+    "full": Setting("swin_b", "r2plus1d_34", 16, 32, 224, 112, (256, 340)),
+    "demo": Setting("demo_swin", "r2plus1d_tiny", 16, 16, 48, 32, (64, 64)),
+}
+GROWTH = {
+    "full": dict(batch_size=(4, 8, 16, 32), num_frames=(16, 32, 64), size=(112, 224, 336), processes=(1, 2)),
+    "demo": dict(batch_size=(4, 8, 16, 32), num_frames=(8, 16, 32), size=(24, 48, 96), processes=(1, 2)),
+}
+
+
+def choose_setting(config: Config, device: torch.device) -> tuple[str, Setting]:
+    scale = config.scale if config.scale != "auto" else "full" if device.type == "cuda" else "demo"
+    if scale not in SCALES:
+        raise Stop(f"--scale {scale}: write auto, {' or '.join(SCALES)}")
+    setting = SCALES[scale]
+    if config.size:
+        larger = config.size / setting.size
+        decoded = tuple(round(side * larger) for side in setting.decoded)
+        setting = setting._replace(size=config.size, student_size=round(setting.student_size * larger), decoded=decoded)
+    shape = dict(batch_size=config.batch_size, num_frames=config.num_frames)
+    return scale, setting._replace(**{name: value for name, value in shape.items() if value})
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+def create_plain(setting: Setting) -> Preprocessed:
+    """The victim as torchvision has it: float (B, 3, T, H, W) in [0, 1] -> logits."""
+    if setting.victim == "demo_swin":
+        path = find_weights("demo_swin")
+        about = read_metadata(path)
+        model = create_network(about["architecture"], len(about["classes"]), setting.num_frames, setting.size)
+        swin.load_state(model.net, read_state(path), path, about["architecture"])
+    else:
+        torch.manual_seed(0)
+        net = swin.create_swin(setting.victim, 400)
+        model = Preprocessed(net, setting.num_frames, setting.size, swin.MEAN, swin.STD)
+    return model.eval().requires_grad_(False)
+
+
+def create_victim(setting: Setting) -> VictimModel:
+    """The same victim as ours run it."""
+    if setting.victim == "demo_swin":
+        victim = load_model("demo_swin")
+        victim.model.num_frames, victim.model.size = setting.num_frames, setting.size
+        return victim
+    model = create_plain(setting)
+    model.net = swin.FusedSwin(model.net)
+    return VictimModel(model, KNOWN_CLASSES["k400"](), setting.victim, "random")
+
+
+def open_ledger(path: Path, setting: Setting, backend: Backend, exact: bool = False) -> Ledger:
+    victim = lambda spent: Victim(backend.place(create_victim(setting)), "probs", num_queries=spent)  # noqa: E731
+    return Ledger(path, victim, "probs", exact=exact)
+
+
+# --- the step of 2022 ------------------------------------------------------------------------------------------------
+
+
+def normalise(frames: Tensor, model: Preprocessed) -> Tensor:
+    return TF.normalize(frames, model.mean.flatten().tolist(), model.std.flatten().tolist())
+
+
+def prepare_one(
+    clip: Tensor, victim: Preprocessed, student: Preprocessed, augmentation: Augmentation, rng: random.Random
+) -> tuple[Tensor, Tensor]:
+    """A decoded clip, uint8 (T, H, W, C), made ready by itself: (C, T, H, W) for the victim and for the student.
+
+    With that year's defaults: resizing without antialias, rotation to the nearest pixel.
+    """
+    frames = clip.permute(0, 3, 1, 2).float() / 255
+    frames = TF.center_crop(TF.resize(frames, victim.size, antialias=False), victim.size)
+    if rng.random() < augmentation.hflip:
+        frames = TF.hflip(frames)
+    frames = TF.adjust_brightness(frames, rng.uniform(1 - augmentation.brightness, 1 + augmentation.brightness))
+    frames = TF.rotate(frames, rng.uniform(-augmentation.rotation, augmentation.rotation))
+    small = TF.resize(frames, [student.size, student.size], antialias=False)
+    return normalise(frames, victim).transpose(0, 1), normalise(small, student).transpose(0, 1)
+
+
+def build_legacy(setting: Setting, device: torch.device, folder: Path, prepare: bool, save: bool) -> Callable[[], None]:
+    victim, rng = create_plain(setting), random.Random(0)
+    num_classes = victim.net.head.out_features
+    torch.manual_seed(0)
+    student = create_student(setting.student, num_classes)
+    student.size = setting.student_size
+    optimizer = torch.optim.AdamW(student.parameter_groups(HEAD_LR, BODY_LR))
+    victim_net, student_net = victim.net.to(device), student.net.to(device).train()
+    shape = setting.batch_size, setting.num_frames, *setting.decoded, 3
+    decoded = [torch.randint(256, shape, dtype=torch.uint8) for _ in range(NUM_BATCHES)]
+    labels = torch.randint(num_classes, (setting.batch_size,))
+    counter, path = itertools.count(), folder / f"student_{prepare}.pth"
+
+    def make_ready(batch: Tensor) -> tuple[Tensor, Tensor]:
+        views = zip(*(prepare_one(clip, victim, student, AUGMENTATION, rng) for clip in batch), strict=True)
+        return tuple(torch.stack(view).to(device) for view in views)
+
+    ready = [] if prepare else [make_ready(batch) for batch in decoded]
+
+    def step() -> None:
+        number = next(counter) % NUM_BATCHES
+        views, small = make_ready(decoded[number]) if prepare else ready[number]
+        with torch.no_grad():
+            answers = victim_net(views).softmax(1)
+        logits = student_net(small)
+        divergence = F.kl_div(logits.log_softmax(1), answers, reduction="sum") / logits.numel()  # by the classes too, then
+        loss = divergence + LABEL_WEIGHT * F.cross_entropy(logits, labels.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if not math.isfinite(loss.item()):
+            raise Stop("the loss of 2022's step is not finite")
+        if save:
+            torch.save(student_net, path)
+
+    return step
+
+
+# --- our step --------------------------------------------------------------------------------------------------------
+
+
+def build_ours(setting: Setting, backend: Backend, folder: Path, kept: bool) -> Callable[[], None]:
+    device = backend.device
+    ledger = open_ledger(folder / f"kept_{kept}.sqlite", setting, backend)
+    torch.manual_seed(0)
+    student = create_student(setting.student, ledger.num_classes)
+    student.size = setting.student_size
+    student = backend.place(student).train()
+    optimizer = torch.optim.AdamW(student.parameter_groups(HEAD_LR, BODY_LR), fused=True)
+    forward, world = processes.parallel(student), processes.num_processes()
+    places = processes.own_share(range(setting.batch_size))
+    shape = len(places), setting.num_frames, setting.size, setting.size, 3
+    loaded = [torch.randint(256, shape, dtype=torch.uint8) for _ in range(NUM_BATCHES)]
+    loaded = [batch.pin_memory() if device.type == "cuda" else batch for batch in loaded]
+    known = torch.randint(ledger.num_classes, (len(places),)).tolist()
+    read_every, unread, counter = 1 if device.type == "cpu" else 10, [], itertools.count()
+
+    def step() -> None:
+        number = next(counter)
+        view = number % NUM_BATCHES if kept else number
+        keys = [view_key(0, f"clip {place}", view, AUGMENTATION) for place in places]
+        ledger.count_affordable(keys)
+        clips = loaded[number % NUM_BATCHES].to(device, non_blocking=True)
+        views, labels = create_views(clips, keys, AUGMENTATION), torch.tensor(known).to(device)
+        targets = answers_to_targets(ledger.query(views, keys), ledger.answers, ledger.num_classes)
+        torch.manual_seed(number * world + processes.rank())
+        loss = distillation_loss(forward(views), targets, labels, LABEL_WEIGHT) * (len(views) / setting.batch_size)
+        optimizer.zero_grad(set_to_none=True)
+        (loss * world).backward()
+        optimizer.step()
+        unread.append(loss.detach())
+        if len(unread) >= read_every:
+            if not all(map(math.isfinite, processes.total(torch.stack(unread)).tolist())):
+                raise Stop("the loss of our step is not finite")
+            unread.clear()
+        asked = min(number + 1, NUM_BATCHES) if kept else number + 1
+        if ledger.num_queries != asked * setting.batch_size:
+            raise Stop(f"{ledger.num_queries} clips were paid for, not {asked * setting.batch_size}: this is not what is timed")
+
+    return step
+
+
+ROWS: dict[str, Callable[[Setting, Backend, Path], Callable[[], None]]] = {
+    "2022": lambda setting, backend, folder: build_legacy(setting, backend.device, folder, True, False),
+    "2022, saving": lambda setting, backend, folder: build_legacy(setting, backend.device, folder, True, True),
+    "2022, networks only": lambda setting, backend, folder: build_legacy(setting, backend.device, folder, False, False),
+    "2022, networks only, saving": lambda setting, backend, folder: build_legacy(setting, backend.device, folder, False, True),
+    "ours, live": partial(build_ours, kept=False),
+    "ours, kept": partial(build_ours, kept=True),
+}
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def count_flops(setting: Setting) -> dict[str, int]:
+    """Operations of one clip: an answer of torchvision's Swin, and the student forward and backward. Nothing is computed."""
+
+    def count(net: nn.Module, size: int, train: bool) -> int:
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
+            logits = net.train(train)(torch.zeros(1, 3, setting.num_frames, size, size))
+            if train:
+                logits.sum().backward()
+        return counter.get_total_flops()
+
+    with torch.device("meta"):
+        victim = swin.create_swin("swin_demo" if setting.victim == "demo_swin" else setting.victim, 400)
+        student = STUDENTS[setting.student].create(400)
+        return dict(victim=count(victim, setting.size, False), student=count(student, setting.student_size, True))
+
+
+def run_row(name: str, config: Config, setting: Setting, backend: Backend) -> dict[str, float]:
+    """What a process that runs one row says of itself."""
+    if name not in ROWS:
+        raise Stop(f"--alone {name}: there are {'; '.join(ROWS)}")
+    if not name.startswith("ours"):
+        processes.require_one(name)
+    before = peak_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        step, memory = warm_up(partial(ROWS[name], setting, backend, Path(folder)), backend.device)
+        seconds = statistics.median(take_turns({name: step}, config.turns, config.steps, backend.device)[name])
+    memory = peak_memory() if memory is None else memory
+    return dict(clips_per_second=setting.batch_size / seconds, memory=max(processes.gather([memory])), before=before)
+
+
+def to_flags(config: Config, **changes) -> list[str]:
+    """The flags of a run of one row like this one."""
+    kept = ("scale", "batch_size", "num_frames", "size", "steps", "turns", "device", "precision", "compile")
+    values = {name: getattr(config, name) for name in kept} | changes
+    return [part for name, value in values.items() if value is not None for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def describe(setting: Setting, backend: Backend) -> str:
+    where = torch.cuda.get_device_name() if backend.device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    compiled = "not compiled" if backend.compile_after is None else "compiled"
+    shape = f"{setting.batch_size}x{setting.num_frames}x{setting.size}x{setting.size}"
+    ours = f"ours in {str(backend.precision)[6:]}, {compiled}"
+    return f"{setting.victim} into {setting.student} at {setting.student_size}, batches of {shape}, {where}; {ours}"
+
+
+def compare_speed(config: Config, setting: Setting, backend: Backend) -> None:
+    device, flops = backend.device, count_flops(setting)
+    peaks = {precision: measure_matmul(device, precision) for precision in {torch.float32, backend.precision}}
+    with tempfile.TemporaryDirectory() as folder:
+        steps, memory = {}, {}
+        for name, build in ROWS.items():
+            steps[name], memory[name] = warm_up(partial(build, setting, backend, Path(folder)), device)
+        seconds = take_turns(steps, config.turns, config.steps, device)
+    if config.memory and device.type == "cpu":
+        few = dict(steps=1, turns=1)
+        memory = {name: run_alone(__file__, to_flags(config, alone=name, **few))["memory"] for name in ROWS}
+    bases = "2022", "2022, networks only"
+    print(f"{'':28} {'clips/s':>8} {'x 2022':>8} {'x networks only':>16} {'peak memory':>12} {'of the matmul peak':>19}")
+    for name in ROWS:
+        rate = setting.batch_size / statistics.median(seconds[name])
+        ratios = [times_as_fast(seconds, name, base) for base in bases]
+        work = flops["student"] + (0 if name == "ours, kept" else flops["victim"])
+        share = 100 * work * rate / peaks[backend.precision if name.startswith("ours") else torch.float32]
+        print(f"{name:28} {rate:8.2f} {ratios[0]:8.2f} {ratios[1]:16.2f} {describe_bytes(memory[name]):>12} {share:17.1f} %")
+    measured = ", ".join(f"{peak / 1e12:.2f} TFLOP/s in {str(precision)[6:]}" for precision, peak in peaks.items())
+    print(
+        f"a clip is {flops['victim'] / 1e9:.2f} GFLOP of victim and {flops['student'] / 1e9:.2f} of student; matmul: {measured}"
+    )
+
+
+# --- are fast answers still the victim's -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def compare_answers(setting: Setting, backend: Backend, batches: list[Tensor]) -> tuple[int, int, float]:
+    """How many of the uint8 (B, T, H, W, C) clips have the same top class as of plain torchvision in float32, of how many,
+    and the mean KL (plain || fast) in nats. The fast answers are those that a student gets: through the ledger."""
+    plain, same, divergence, count = create_plain(setting).to(backend.device), 0, 0.0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = open_ledger(Path(folder) / "answers.sqlite", setting, backend)
+        for batch in batches:
+            keys = [view_key(0, f"clip {count + place}", 0, AUGMENTATION) for place in range(len(batch))]
+            views = create_views(batch.to(backend.device), keys, AUGMENTATION)
+            slow = plain(views).double().softmax(1)
+            fast = answers_to_targets(ledger.query(views, keys), ledger.answers, ledger.num_classes).double()
+            fast /= fast.sum(1, keepdim=True)  # again, in float64: the sum's rounding in float32 is more than the divergence
+            same += int((slow.argmax(1) == fast.argmax(1)).sum())
+            divergence += F.kl_div(fast.clamp(min=1e-30).log(), slow, reduction="sum").item()
+            count += len(batch)
+        ledger.close()
+    return same, count, divergence / count
+
+
+def load_demo_clips(root: str, setting: Setting) -> list[Tensor]:
+    classes = load_model("demo_swin").classes
+    if not (Path(root) / "val").is_dir():
+        write_demo_set(root, {"val": ATTACK_SPLITS["val"]})
+    clips = Clips(find_videos(Path(root) / "val", classes, "val"), setting.num_frames, size=setting.size, views=(1, 1))
+    indices = [range(k, min(k + setting.batch_size, len(clips))) for k in range(0, len(clips), setting.batch_size)]
+    return [batch.clips for batch in load_batches(clips, indices, 0)]
+
+
+def check_answers(config: Config, setting: Setting, device: torch.device) -> None:
+    """Raises Stop where a bar is not met. The shares are those of a trained victim: a random one answers all clips alike."""
+    demo, met = SCALES["demo"], True
+    loaded = load_demo_clips(config.demo_set, demo)
+    for precision in PRECISIONS:
+        backend = choose_backend(config.device, precision, config.compile)
+        same, count, divergence = compare_answers(demo, backend, loaded)
+        good = same >= MIN_SAME * count and divergence <= MAX_DIVERGENCE
+        print(f"demo_swin in {precision}: top-1 the same on {same} of {count} clips, mean KL {divergence:.1e} nats", end="; ")
+        print(f"wanted {100 * MIN_SAME} %, {MAX_DIVERGENCE}: {'met' if good else 'NOT MET'}", flush=True)
+        met = met and good
+        if setting.victim != "demo_swin":
+            shape = setting.batch_size, setting.num_frames, setting.size, setting.size, 3
+            _, count, divergence = compare_answers(setting, backend, [torch.randint(256, shape, dtype=torch.uint8)])
+            good = divergence <= MAX_DIVERGENCE
+            print(f"{setting.victim}, random, in {precision}: mean KL {divergence:.1e} nats: {'met' if good else 'NOT MET'}")
+            met = met and good
+    if not met:
+        raise Stop("fast answers are not the victim's")
+
+
+# --- where the time goes, and how it grows ---------------------------------------------------------------------------
+
+
+def show_profile(config: Config, setting: Setting, backend: Backend) -> None:
+    device, flops = backend.device, count_flops(setting)
+    with tempfile.TemporaryDirectory() as folder:
+        victim = Victim(backend.place(create_victim(setting)), "probs")
+        views = torch.rand(setting.batch_size, 3, setting.num_frames, setting.size, setting.size, device=device)
+        parts = dict(victim=lambda: victim.query(views), student=build_ours(setting, backend, Path(folder), True))
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        for name, step in parts.items():
+            for _ in range(2):
+                step()
+            seconds = statistics.median(take_turns({name: step}, config.turns, config.steps, device)[name])
+            with torch.profiler.profile(activities=activities) as profile:
+                for _ in range(config.steps):
+                    step()
+                synchronise(device)
+            key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+            print(f"\n{name}{', with views and a ledger that knows them' if name == 'student' else ''}, {config.steps} steps")
+            print(profile.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=50))
+            peak, work = measure_matmul(device, backend.precision), setting.batch_size * flops[name]
+            rates = (
+                f"{flops[name] / 1e9:.2f} GFLOP a clip, {1e3 * seconds:.1f} ms a batch; at matmul's {peak / 1e12:.2f} TFLOP/s"
+            )
+            print(f"{name}: {rates} it would take {1e3 * work / peak:.1f} ms: {100 * work / peak / seconds:.1f} % of the peak")
+
+
+def show_growth(config: Config, scale: str, setting: Setting, backend: Backend) -> None:
+    """Each point in processes of its own, the others of its constants being the setting's."""
+    unknown = set(config.axes) - set(GROWTH[scale])
+    if unknown:
+        raise Stop(f"--axes {' '.join(sorted(unknown))}: there are {', '.join(GROWTH[scale])}")
+    compile = "off" if config.compile == "auto" else config.compile
+    plain = replace(config, batch_size=setting.batch_size, num_frames=setting.num_frames, size=setting.size, compile=compile)
+    usual, points = asdict(plain) | dict(processes=1), {axis: [] for axis in config.axes}
+    known: dict[tuple, dict] = {}
+    print(f"{'':10} {'':>5}  {'clips/s':>8}  {'peak memory':>11}")
+    for axis in config.axes:
+        for value in GROWTH[scale][axis]:
+            count = value if axis == "processes" else 1
+            if backend.device.type == "cuda" and count > torch.cuda.device_count():
+                print(f"{axis:10} {value:5}  not measured: there are {torch.cuda.device_count()} GPUs")
+                continue
+            point = (axis, value) if value != usual[axis] else ()  # the usual one is on all axes
+            if point not in known:
+                changes = {} if axis == "processes" else {axis: value}
+                known[point] = run_alone(__file__, to_flags(plain, alone="ours, live", **changes), count)
+            found = known[point]
+            points[axis].append((value, found["clips_per_second"], found["memory"]))
+            print(f"{axis:10} {value:5}  {found['clips_per_second']:8.2f}  {describe_bytes(found['memory']):>11}", flush=True)
+    if backend.device.type == "cpu":
+        before = describe_bytes(found["before"])
+        print(f"memory is the whole process's, the largest of several; {before} of it before the networks")
+    draw_growth(config.out, points)
+    print(f"drawn: {config.out}")
+
+
+def draw_growth(path: str, points: dict[str, list[tuple[int, float, float]]]) -> None:
+    import matplotlib  # here, because it takes long to import
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(points), figsize=(3 * len(points), 5), sharex="col", sharey="row", squeeze=False)
+    for column, (name, found) in enumerate(points.items()):
+        values, rates, memory = zip(*found, strict=True)
+        axes[0][column].plot(values, rates, "o-")
+        axes[1][column].plot(values, [size / 2**30 for size in memory], "o-")
+        axes[1][column].set_xlabel(name.replace("_", " "))
+        axes[1][column].set_xticks(values)
+    for row in axes:
+        highest = max(max(line.get_ydata()) for plot in row for line in plot.lines)
+        row[0].set_ylim(0, 1.1 * highest)  # of all columns, which share it
+    axes[0][0].set_ylabel("clips/s")
+    axes[1][0].set_ylabel("peak memory, GiB")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(config: Config) -> None:
+    check_at_least(config, 1, "batch_size", "num_frames", "size", "steps", "turns")
+    on_gpu = choose_device(config.device).type == "cuda"
+    if config.compile == "auto" and on_gpu and not config.growth:
+        config = replace(config, compile="on")
+    config = replace(config, steps=config.steps or (10 if on_gpu else 4))
+    backend = choose_backend(config.device, config.precision, config.compile)
+    scale, setting = choose_setting(config, backend.device)
+    if config.alone:
+        print(json.dumps(run_row(config.alone, config, setting, backend)))
+        return
+    processes.require_one("a comparison")
+    begin = time.perf_counter()
+    print(describe(setting, backend), flush=True)
+    if config.profile:
+        show_profile(config, setting, backend)
+    elif config.growth:
+        show_growth(config, scale, setting, backend)
+    else:
+        compare_speed(config, setting, backend)
+        check_answers(config, setting, backend.device)
+    print(f"{time.perf_counter() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
