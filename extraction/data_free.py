@@ -288,21 +288,22 @@ class Attacker:
         """Train the student on the answers to a fresh batch, and keep it: B queries."""
         with torch.no_grad():
             noise, labels = self.draw()
-            clips = (self.generator.render(self.generator(noise, labels)) * 255).round().to(torch.uint8)
-        answers = self.ask(clips.float() / 255)
-        self._observe(clips.float() / 255, answers, labels)
+            views = (self.generator.render(self.generator(noise, labels)) * 255).round_()
+            clips, views = views.to(torch.uint8), views / 255
+        answers = self.ask(views)
+        self._observe(views, answers, labels)
         targets = self.method.read(answers, self.victim.answers, self.victim.num_classes)
-        self._learn(clips, targets)
+        self._learn(views, targets)
         if len(self.replay.clips):
             self.replay.push(processes.gather_tensor(clips), processes.gather_tensor(targets), self._replay_rng)
 
     def step_replay(self) -> None:
         """Train the student on a batch of kept clips: no query."""
         clips, targets = self.replay.sample(self.batch_size, self._replay_rng)
-        self._learn(processes.own_share(clips).to(self.device), processes.own_share(targets).to(self.device))
+        self._learn(processes.own_share(clips).to(self.device).float() / 255, processes.own_share(targets).to(self.device))
 
-    def _learn(self, clips: Tensor, targets: Tensor) -> None:
-        loss = self.method.loss(self._student_forward(clips.float() / 255), targets).mean()
+    def _learn(self, views: Tensor, targets: Tensor) -> None:
+        loss = self.method.loss(self._student_forward(views), targets).mean()
         self.student_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.student_optimizer.step()

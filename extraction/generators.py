@@ -177,6 +177,14 @@ class LayeredGenerator(nn.Module):
         for head, scale, shift in zip(self.heads, (1.5, 1.5, 4.0, 1.0), (0.0, 0.0, -3.0, 0.0), strict=True):
             nn.init.normal_(head.weight, std=scale * (4 * width) ** -0.5)
             nn.init.constant_(head.bias, shift)
+        # From velocities at the knots, in half frames per frame, to shifts that count from the middle of the clip's time.
+        velocities = (
+            F.interpolate(torch.eye(knots)[None], num_frames, mode="linear", align_corners=True)[0].T * 1.28 / num_frames
+        )
+        shifts = velocities.cumsum(0)
+        self.register_buffer("over_time", shifts - shifts.mean(0), persistent=False)  # (T, knots)
+        rest = F.affine_grid(torch.eye(2, 3)[None], [1, 3, size, size], align_corners=False)
+        self.register_buffer("rest", rest, persistent=False)
 
     def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
         hidden = self.hidden(torch.cat([noise, self.embedding(labels)], 1)).tanh()  # odd: clips share no mean
@@ -186,19 +194,12 @@ class LayeredGenerator(nn.Module):
         parts = pre_activation.split([torch.Size(shape).numel() for shape in self.shapes], 1)
         front, back, mask, velocity = (part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True))
         batch, length, size = len(front), self.num_frames, self.size
-        # Velocities in half frames per frame; positions count from the middle of the clip's time.
-        velocity = F.interpolate(velocity, (length, 2, 2), mode="trilinear", align_corners=True) * (1.28 / length)
-        shift = velocity.cumsum(2)
-        shift = (shift - shift.mean(2, keepdim=True)).transpose(1, 2).flatten(0, 1)
-        rest = torch.eye(2, 3, device=shift.device).expand(len(shift), 2, 3)
-        where = F.affine_grid(rest, [len(shift), 3, size, size], align_corners=False) - _enlarge(shift, size).permute(
-            0, 2, 3, 1
-        )
+        ways = _enlarge(velocity.transpose(1, 2).flatten(0, 1), size)  # at the knots, before they are spread over time
+        ways = ways.view(batch, -1, 2, size * size).transpose(2, 3).flatten(2)
+        where = self.rest - (self.over_time @ ways).view(batch, length, size, size, 2)
         still = torch.cat([_enlarge(front, size), _enlarge(mask, size)], 1)
-        moved = F.grid_sample(
-            still.repeat_interleave(length, 0), where, mode="bilinear", padding_mode="border", align_corners=False
-        )
-        moved = moved.view(batch, length, 4, size, size).transpose(1, 2)
+        moved = F.grid_sample(still, where.flatten(1, 2), mode="bilinear", padding_mode="border", align_corners=False)
+        moved = moved.view(batch, 4, length, size, size)
         cover = moved[:, 3:].sigmoid()
         return (cover * moved[:, :3] + (1 - cover) * _enlarge(back, size)[:, :, None]).sigmoid()
 

@@ -147,8 +147,9 @@ class WholeBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         dims = [0, *range(2, x.ndim)]
         shape = [1, -1, *[1] * (x.ndim - 2)]
-        count = total(torch.tensor(x.numel() / x.shape[1], device=x.device))
-        mean = all_reduce(x.sum(dims), "sum", dist.group.WORLD) / count
+        sums = torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])
+        sums = all_reduce(sums, "sum", dist.group.WORLD)
+        mean, count = sums[:-1] / sums[-1], sums[-1].detach()
         centred = x - mean.view(shape)
         var = all_reduce(centred.square().sum(dims), "sum", dist.group.WORLD) / count
         if self.track_running_stats:
