@@ -1,8 +1,10 @@
 """The distillation loop of the grey-box experiments: ask the victim about views of real clips, train the student on them."""
 
+import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from tqdm import tqdm
 
 from extraction import processes
 from extraction.data.augment import create_views, view_key
-from extraction.data.clips import Clips, load_batches
+from extraction.data.clips import Batch, Clips, load_batches
 from extraction.errors import Stop
 from extraction.ledger import Ledger
 from extraction.preprocess import Preprocessed
@@ -141,39 +143,47 @@ def distill(
     )  # fmt: skip
     shares = map(processes.own_share, order.batches_from(first))
     loader = load_batches(clips, shares, num_workers, pin_memory=device.type == "cuda")
+
+    def ask(batch: Batch, epoch: int) -> Asked:
+        """Make views of a batch, as many as the budget allows, and let the victim answer them."""
+        view = epoch if views_per_clip is None else epoch % views_per_clip
+        keys = [view_key(seed, clips.windows[i].key, view, augmentation) for i in batch.indices]
+        affordable = len(keys) if victim is None else victim.count_affordable(keys)
+        wanted, counts = zip(*processes.gather([(len(keys), affordable)]), strict=True)
+        keys, views, targets = keys[:affordable], batch.clips[:affordable].to(device, non_blocking=True), None
+        if affordable:
+            views = make_views(views, keys, augmentation)
+        if victim is not None and sum(counts):
+            targets = _ask(victim, views, keys)
+        labels = torch.tensor([clips.windows[i].label for i in batch.indices[:affordable]], dtype=torch.int64)
+        return Asked(keys, views, labels.to(device, non_blocking=True), targets, list(counts), sum(counts) < sum(wanted))
+
     unread: list[Tensor] = []
     student.train()
     mean_loss = sum(recent) / len(recent) if recent else math.nan
-    with run.interruptible(), bar:
-        for number, batch in enumerate(loader, first):
+    # The next batch is asked about while the student learns from this one: not where the order of bills or of what
+    # processes say to each other would depend on it, nor beyond an epoch, whose bill is written down at its end.
+    looks_ahead = craft is None and processes.num_processes() == 1
+    batches = ask_ahead(loader, first, order.per_epoch, ask, looks_ahead)
+    with run.interruptible(), bar, contextlib.closing(batches):
+        for number, batch, asked in batches:
             epoch = number // order.per_epoch
             clips.broken.extend((clips.windows[i].path, reason) for i, reason in batch.broken)
-            view = epoch if views_per_clip is None else epoch % views_per_clip
-            keys = [view_key(seed, clips.windows[i].key, view, augmentation) for i in batch.indices]
-            affordable = len(keys) if victim is None else victim.count_affordable(keys)
-            wanted, counts = zip(*processes.gather([(len(keys), affordable)]), strict=True)
-            num_shown, exhausted = sum(counts), sum(counts) < sum(wanted)
-            if num_shown:
-                keys, views, targets = keys[:affordable], batch.clips[:affordable].to(device, non_blocking=True), None
-                if affordable:
-                    views = make_views(views, keys, augmentation)
-                labels = [clips.windows[i].label for i in batch.indices[:affordable]]
-                labels = torch.tensor(labels, dtype=torch.int64).to(device, non_blocking=True)
-                if victim is not None:
-                    targets = _ask(victim, views, keys)
-                    if number == 0 and affordable:
-                        sources = [clips.windows[i].path.parent.name for i in batch.indices]
-                        draw_queries(run.folder / "clips.png", views, targets, sources, victim.classes)
-                if craft is not None and not exhausted and min(counts):
-                    crafted, crafted_keys = craft(student, views, targets, [b"%s|%d" % (key, number) for key in keys])
-                    count = victim.count_affordable(crafted_keys)
-                    wanted, crafted_counts = zip(*processes.gather([(len(crafted_keys), count)]), strict=True)
-                    exhausted = sum(crafted_counts) < sum(wanted)
-                    if sum(crafted_counts):
-                        targets = torch.cat([targets, _ask(victim, crafted[:count], crafted_keys[:count])])
-                        views = torch.cat([views, crafted[:count]])
-                        labels = torch.cat([labels, labels.new_full((count,), -1)])
-                        counts = [a + b for a, b in zip(counts, crafted_counts, strict=True)]
+            keys, views, labels, targets, counts, exhausted = asked
+            num_shown = sum(counts)
+            if number == 0 and keys and victim is not None:
+                sources = [clips.windows[i].path.parent.name for i in batch.indices]
+                draw_queries(run.folder / "clips.png", views, targets, sources, victim.classes)
+            if craft is not None and not exhausted and min(counts):
+                crafted, crafted_keys = craft(student, views, targets, [b"%s|%d" % (key, number) for key in keys])
+                count = victim.count_affordable(crafted_keys)
+                wanted, crafted_counts = zip(*processes.gather([(len(crafted_keys), count)]), strict=True)
+                exhausted = sum(crafted_counts) < sum(wanted)
+                if sum(crafted_counts):
+                    targets = torch.cat([targets, _ask(victim, crafted[:count], crafted_keys[:count])])
+                    views = torch.cat([views, crafted[:count]])
+                    labels = torch.cat([labels, labels.new_full((count,), -1)])
+                    counts = [a + b for a, b in zip(counts, crafted_counts, strict=True)]
             if exhausted:
                 save(number)  # from here a larger budget goes on; what follows trains on the last answers there are
             if min(counts):  # a process without a clip (a last batch can be so small) can't take part in a step
@@ -225,6 +235,37 @@ def distill(
                 raise KeyboardInterrupt(f"saved in {run.folder}; run the same command again to continue")
     clips.broken = list(dict.fromkeys(processes.gather(clips.broken)))
     return history, stopped
+
+
+class Asked(NamedTuple):
+    """A process's share of a batch, answered."""
+
+    keys: list[bytes]
+    views: Tensor  # float (B, C, T, H, W)
+    labels: Tensor  # (B,), -1 without one
+    targets: Tensor | None  # (B, num_classes)
+    counts: list[int]  # clips in each process
+    exhausted: bool  # the budget left some out
+
+
+def ask_ahead(
+    loader: Iterable[Batch], first: int, per_epoch: int, ask: Callable[[Batch, int], Asked], looks_ahead: bool
+) -> Iterator[tuple[int, Batch, Asked]]:
+    """The batches of `loader`, from number `first` on, each with what `ask(batch, epoch)` says of it.
+
+    With `looks_ahead` a thread asks about a batch while the one before it is in use, within an epoch of `per_epoch` batches.
+    """
+    source, upcoming = enumerate(loader, first), None
+
+    def fetch() -> tuple[int, Batch, Asked] | None:
+        number, batch = next(source, (0, None))
+        return None if batch is None else (number, batch, ask(batch, number // per_epoch))
+
+    with ThreadPoolExecutor(1) as thread:
+        while (item := upcoming.result() if upcoming else fetch()) is not None:
+            goes_on = looks_ahead and (item[0] + 1) % per_epoch and not item[2].exhausted
+            upcoming = thread.submit(fetch) if goes_on else None
+            yield item
 
 
 def _ask(victim: Ledger, clips: Tensor, keys: Sequence[bytes]) -> Tensor:

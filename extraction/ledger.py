@@ -263,7 +263,8 @@ def _layout(about: dict[str, str]) -> str:
 
 def _connect(path: Path) -> sqlite3.Connection:
     try:
-        database = sqlite3.connect(path)
+        # Loops ask from a thread of its own, never from two at once.
+        database = sqlite3.connect(path, check_same_thread=False)
         database.executescript(_SCHEMA)
         database.execute("PRAGMA journal_mode = WAL")
         # FULL: an answer is on the disk, not only in its cache, before it is used: it survives a power cut too.

@@ -63,7 +63,7 @@ def test_live_answers_that_were_kept_are_noticed(tmp_path, monkeypatch):
     setting, backend = train_step.SCALES["demo"]._replace(batch_size=2), train_step.choose_backend("cpu")
     step = train_step.build_ours(setting, backend, tmp_path, kept=False)
     step()
-    with pytest.raises(Stop, match="2 clips were paid for, not 4"):
+    with pytest.raises(Stop, match="2 clips paid for after 2 batches"):
         step()
 
 
