@@ -13,6 +13,7 @@ from test_bad_input import rotated
 
 from extraction.data.clips import decode_clip, probe
 from extraction.data.demo import write_video
+from extraction.data.folders import find_videos
 from extraction.data.transcode import transcode, transcode_folder
 from extraction.errors import Stop
 
@@ -51,6 +52,9 @@ def test_copies_keep_frames_and_folders(tmp_path, capsys):
         assert clip[:, :, 36:].max() < 8
         assert count_key_frames(copy) == -(-num_frames // 8)
         assert count_key_frames(video) == 1
+    (tmp_path / "list.txt").write_text("one/a.mp4\ntwo/b.avi 2\n")  # the originals' list, as UCF101's, fits the copies
+    listed = find_videos(tmp_path / "out", ["one", "two"], "val", str(tmp_path / "list.txt"))
+    assert [video.path for video in listed] == copies
     before = [copy.stat().st_mtime_ns for copy in copies]
     transcode_folder(str(tmp_path / "in"), str(tmp_path / "out"), short_side=32)
     assert before == [copy.stat().st_mtime_ns for copy in copies]

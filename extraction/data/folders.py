@@ -166,8 +166,14 @@ def _read_lines(path: Path) -> list[str]:
 
 def _below(root: Path, folder: Path, name: str) -> Path:
     """A listed file: below `root`, or else below the folder in which the classes are."""
-    path = root / name
-    return path if path.is_file() else folder / name
+    path = _or_copy(root / name)
+    return path if path.is_file() else _or_copy(folder / name)
+
+
+def _or_copy(video: Path) -> Path:
+    """A listed file, or the mp4 that `extraction.data.transcode` made of it."""
+    copy = video.with_suffix(".mp4")
+    return copy if not video.is_file() and copy.is_file() else video
 
 
 def _read_paths(root: Path, split: str | None, listing: Path, known: Container[str] | None) -> list[tuple[Path, str]]:
@@ -195,7 +201,7 @@ def _read_hmdb(root: Path, splits: Path, number: str, split: str | None) -> dict
         wrong = [line for line in marks if len(line) != 2 or line[1] not in ("0", "1", "2")]
         if wrong:
             raise Stop(f"{file}: {' '.join(wrong[0])!r} is not a video and its mark, 0, 1 or 2")
-        videos[name] = [root / name / video for video, mark in marks if mark in wanted]
+        videos[name] = [_or_copy(root / name / video) for video, mark in marks if mark in wanted]
     return videos
 
 
