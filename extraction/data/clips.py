@@ -28,7 +28,7 @@ from extraction.errors import Stop
 av.logging.set_level(None)  # what is wrong with a file is said once, by us, at the end
 _MAX_PIXELS = 8192 * 8192
 # Without FULL_CHR_H_INT colours come out some 2 of 255 too dark; the others make every processor give the same pixels.
-_SCALING = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+EXACT_COLOURS = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
 
 class Unreadable(Exception):
@@ -177,7 +177,7 @@ def _to_rgb(scaler: VideoReformatter, frame: av.VideoFrame, size: int | None, cr
     # hundred differs by 1, and a clip that was asked about once must stay what it was.
     planar = height <= frame.height and frame.format.name.startswith("yuv")
     layout = "gbrp" if planar else "rgb24"
-    picture = scaler.reformat(frame, width, height, layout, interpolation=_SCALING, threads=1)
+    picture = scaler.reformat(frame, width, height, layout, interpolation=EXACT_COLOURS, threads=1)
     if planar:
         green, blue, red = map(view_plane, picture.planes)
         colours = [red, green, blue]

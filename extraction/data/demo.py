@@ -24,9 +24,13 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
-VERSION = 1  # part of the folder's stamp: raise it when the pixels change
+from extraction.data.clips import EXACT_COLOURS
+
+VERSION = 1  # part of the folder's stamp, and of what is drawn: raise it when the pictures change
+ENCODING = 2  # of the stamp alone: raise it when the same pictures are encoded in another way
 FPS = 16
 Pose = tuple[float, float, float, float]  # x, y (in frame widths, from the centre), angle (turns), scale
 Motion = Callable[[random.Random], Callable[[float], Pose]]
@@ -327,15 +331,22 @@ def list_classes(num_classes: int = 12) -> dict[str, list[Motion]]:
 
 
 def write_video(path: Path, frames: np.ndarray, fps: int = FPS, crf: int = 16) -> None:
-    """Write uint8 (T, H, W, 3) frames, even height and width, as an H.264 mp4. Atomic: a partial file has another name."""
-    partial_path = path.with_suffix(".partial.mp4")
+    """Write uint8 (T, H, W, 3) frames, even height and width, as an H.264 mp4: the same frames give the same bytes.
+
+    Atomic: a partial file has another name.
+    """
+    partial_path, converter = path.with_suffix(".partial.mp4"), VideoReformatter()
+    # Without assembly: with it x264 reads beyond its buffers, and small videos differ by what lay there.
+    options = {"crf": str(crf), "preset": "veryfast", "x264-params": "asm=0"}
+    height, width = frames.shape[1:3]
     with av.open(str(partial_path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.thread_count = 1  # with several threads x264 may split a frame differently
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture = converter.reformat(picture, width, height, "yuv420p", interpolation=EXACT_COLOURS, threads=1)
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
     partial_path.replace(path)
 
@@ -388,7 +399,7 @@ def _write_splits(
 ) -> None:
     for split, count in splits.items():
         folder, stamp = root / split, root / f".{split}.json"
-        wanted = json.dumps([VERSION, count, num_classes, num_frames, size, seed])
+        wanted = json.dumps([VERSION, ENCODING, count, num_classes, num_frames, size, seed])
         if stamp.exists() and stamp.read_text() == wanted:
             continue
         shutil.rmtree(folder, ignore_errors=True)
