@@ -61,15 +61,16 @@ def kd_flags(demo_set):
 
 
 def test_two_processes_follow_one_over_50_steps_and_pay_the_same(kd_flags, tmp_path):
-    # At the published learning rates. The demo's are 50 times higher, and the rounding of another order of sums grows with
-    # them from 2e-7 in the first loss to some 1e-2 in the fiftieth, as it does between one thread and two.
-    flags = [*kd_flags, "--epochs", 10, "--views-per-clip", 2, "--head-lr", 3e-5, "--body-lr", 3e-6]
+    # The body at its published learning rate. At the demo's, 500 times that, the rounding of another order of sums grows
+    # from 2e-7 in the first loss to some 1e-2 in the fiftieth, as it does between one thread and two.
+    flags = [*kd_flags, "--epochs", 10, "--views-per-clip", 2, "--head-lr", 1e-3, "--body-lr", 3e-6]
     for count in (1, 2):
         outputs = finish(start(KD, tmp_path / str(count), flags, count))
     one, two = tmp_path / "1", tmp_path / "2"
     losses = [torch.tensor(read_checkpoint(folder / "state.pt")["recent"]) for folder in (one, two)]
     assert len(losses[0]) == 50
-    assert losses[0][:10].mean() > losses[0][-10:].mean() + 0.02  # they went somewhere together
+    assert losses[0][:5].mean() > losses[0][-5:].mean() + 0.1  # from the first epoch to the last they went somewhere together
+    print(f"largest difference {(losses[0] - losses[1]).abs().max():.1e}; losses {losses[0][0]:.3f} to {losses[0][-1]:.3f}")
     assert (losses[0] - losses[1]).abs().max() < 1e-4
     assert results_of(one)["num_queries"] == results_of(two)["num_queries"] == 2 * 76
     assert results_of(two)["num_processes"] == 2
@@ -129,8 +130,8 @@ def test_a_data_free_attack_in_two_processes_follows_one(demo_set, tmp_path):
     for point, other in zip(one["history"], two["history"], strict=True):
         for name in ("loss", "answer_entropy", "mean_answer_entropy", "named_as_asked"):
             assert point[name] == pytest.approx(other[name], abs=2e-4), name
-    output = finish(start(MAZE, tmp_path / "odd", [*flags, "--batch-size", 9]), 1)[0]
-    assert "--batch-size 9: it must be a multiple of the 2 processes" in output
+    outputs = finish(start(MAZE, tmp_path / "odd", [*flags, "--batch-size", 9]), 1)
+    assert "--batch-size 9: it must be a multiple of the 2 processes" in "".join(outputs)
 
 
 def test_one_bad_input_is_said_once(kd_flags, tmp_path):
