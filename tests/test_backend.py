@@ -79,3 +79,13 @@ def test_channels_last_changes_no_answer():
         assert torch.allclose(before, after, atol=1e-5)
         first = next(p for p in student.parameters() if p.ndim in (4, 5))
         assert not first.is_contiguous()
+
+
+@pytest.mark.gpu
+def test_a_gpu_answers_as_a_cpu_does():
+    torch.manual_seed(0)
+    clips = torch.rand(4, 3, 16, 48, 48)
+    exact = load_model("demo_swin")(clips).log_softmax(1)
+    for precision, bound in (("fp32", 1e-5), ("bf16", 1e-3)):
+        said = choose_backend("cuda", precision, "off").place(load_model("demo_swin"))(clips.cuda()).cpu().log_softmax(1)
+        assert (exact.exp() * (exact - said)).sum(1).mean() < bound

@@ -58,6 +58,14 @@ def test_a_run_leaves_everything_and_repeats_to_the_bit(config, tmp_path):
     assert len((tmp_path / "run" / "student.classes.csv").read_text().splitlines()) == 13
 
 
+@pytest.mark.gpu
+def test_a_gpu_trains_resumes_and_pays_the_same(config):
+    on_gpu = dataclasses.replace(config, device="cuda", num_workers=2)
+    with pytest.raises(BudgetExhausted, match="100 of 100"):
+        swin_to_r21_kd.main(dataclasses.replace(on_gpu, query_budget=100))
+    assert swin_to_r21_kd.main(on_gpu)["num_queries"] == 2 * 76
+
+
 def test_the_budget_is_never_passed_and_the_student_is_saved(config, tmp_path):
     short = dataclasses.replace(config, query_budget=2 * 76 - 1)
     with pytest.raises(BudgetExhausted, match="query budget exhausted: 151 of 151 queries spent in epoch 2 of 2"):
