@@ -192,7 +192,8 @@ class Ledger:
         if new:
             known |= self._pay(clips, len(keys), new)
         if not keys:  # of another process's batch
-            return torch.empty(0, dtype=torch.int64) if self.answers == "label" else torch.empty(0, self.num_classes)
+            none = torch.empty(0, dtype=torch.int64) if self.answers == "label" else torch.empty(0, self.num_classes)
+            return none.to(clips.device)
         return decode_answers([known[key] for key in keys], self._layout, self.decimals).to(clips.device)
 
     def _pay(self, clips: Tensor, count: int, new: dict[bytes, int]) -> dict[bytes, bytes]:

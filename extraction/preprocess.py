@@ -77,6 +77,6 @@ class Preprocessed(nn.Module):
             return self.net
         if shape not in self._compiled:
             size = "x".join(map(str, batch.shape))
-            print(f"compiling {type(self.net).__name__} for batches of {size}: a minute or more, once", flush=True)
+            print(f"compiling {type(self.net).__name__} for batches of {size}, once; this takes a while", flush=True)
             self._compiled[shape] = torch.compile(self.net, dynamic=False)
         return self._compiled[shape]

@@ -107,11 +107,6 @@ def total(own: Tensor) -> Tensor:
     return reduce(own, "sum")
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether `flag` is true in any process."""
-    return any(gather([flag]))
-
-
 class Ended(SystemExit):
     """The first process says why the run ends; the others just end."""
 
