@@ -41,6 +41,7 @@ def choose_backend(device: str = "auto", precision: str = "auto", compile: str =
     """
     place = choose_device(device)
     on_gpu = place.type == "cuda"
+    torch.backends.cudnn.benchmark = on_gpu  # a run has few shapes: the fastest kernel of each is worth trying for
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if precision not in PRECISIONS:

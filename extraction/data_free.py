@@ -299,8 +299,11 @@ class Attacker:
 
     def step_replay(self) -> None:
         """Train the student on a batch of kept clips: no query."""
-        clips, targets = self.replay.sample(self.batch_size, self._replay_rng)
-        self._learn(processes.own_share(clips).to(self.device).float() / 255, processes.own_share(targets).to(self.device))
+        kept = map(processes.own_share, self.replay.sample(self.batch_size, self._replay_rng))
+        if self.device.type == "cuda":  # pinned memory is copied while the device works on the step before
+            kept = (own.pin_memory() for own in kept)
+        clips, targets = (own.to(self.device, non_blocking=True) for own in kept)
+        self._learn(clips.float() / 255, targets)
 
     def _learn(self, views: Tensor, targets: Tensor) -> None:
         loss = self.method.loss(self._student_forward(views), targets).mean()

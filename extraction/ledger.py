@@ -194,7 +194,7 @@ class Ledger:
         if not keys:  # of another process's batch
             none = torch.empty(0, dtype=torch.int64) if self.answers == "label" else torch.empty(0, self.num_classes)
             return none.to(clips.device)
-        return decode_answers([known[key] for key in keys], self._layout, self.decimals).to(clips.device)
+        return decode_answers([known[key] for key in keys], self._layout, self.decimals).to(clips.device, non_blocking=True)
 
     def _pay(self, clips: Tensor, count: int, new: dict[bytes, int]) -> dict[bytes, bytes]:
         if self._victim is None:

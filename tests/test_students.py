@@ -1,5 +1,6 @@
 """Students: the published layouts, fresh heads, parameter groups."""
 
+import copy
 import re
 
 import pytest
@@ -10,7 +11,7 @@ import torchvision
 from extraction.errors import Stop
 from extraction.students import create_student, load_student, split_windows
 from extraction.students.c3d import C3D
-from extraction.students.r2plus1d import create_r2plus1d_34
+from extraction.students.r2plus1d import FlatConv3d, create_r2plus1d_34
 from extraction.weights import save_weights
 
 
@@ -119,3 +120,52 @@ def test_imagenet_weights_load_in_the_layouts_they_are_published_in(tmp_path):
     assert torch.equal(student.net.blocks[3].mlp.fc1.weight, vit.blocks[3].mlp.fc1.weight)
     torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "resnet.pth")
     assert create_student("resnet50", 12, tmp_path / "resnet.pth").head.out_features == 12
+
+
+FLAT = [  # widths in and out, kernel, stride, padding
+    (3, 45, (1, 7, 7), (1, 2, 2), (0, 3, 3)),
+    (45, 64, (3, 1, 1), (1, 1, 1), (1, 0, 0)),
+    (16, 21, (3, 1, 1), (2, 1, 1), (1, 0, 0)),
+    (16, 32, (1, 1, 1), (1, 2, 2), (0, 0, 0)),
+    (16, 16, (1, 3, 3), (1, 1, 1), (0, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("layer", FLAT, ids=str)
+def test_a_flat_convolution_is_the_same_convolution(layer, compiled):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv3d(*layer, bias=False).double()
+    conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    flat = copy.deepcopy(conv)
+    flat.__class__ = FlatConv3d
+    clips = torch.rand(2, layer[0], 5, 9, 8, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d)
+    widths = []
+
+    def convolve(x):
+        y = flat.convolve_flat(x, flat.weight)
+        widths.append(y.untyped_storage().nbytes() // (8 * y[:, 0].numel()))
+        return y
+
+    run = torch.compile(convolve, backend="eager") if compiled else convolve
+    gradients = []
+    for net, call in ((conv, conv), (flat, run)):
+        x = clips.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = call(x)
+        y.square().sum().backward()
+        gradients.append((y.detach(), x.grad, net.weight.grad))
+    for wanted, got in zip(*gradients, strict=True):
+        assert torch.allclose(wanted, got, atol=1e-10)
+    if not compiled:
+        assert y.is_contiguous(memory_format=torch.channels_last_3d)  # no copy on the way to the next layer
+    assert widths[-1] == (-(-layer[1] // 8) * 8 if compiled else layer[1])
+
+
+@pytest.mark.parametrize("name", ["r2plus1d_34", "r2plus1d_18", "r2plus1d_tiny"])
+def test_all_convolutions_of_a_2plus1d_network_are_flat(name):
+    with torch.device("meta"):
+        net = create_student(name, 12).net
+    convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv3d)]
+    others = [m for m in convolutions if not isinstance(m, FlatConv3d)]
+    assert len(convolutions) > len(others)
+    assert {(m.kernel_size, m.stride) for m in others} <= {((1, 1, 1), (2, 2, 2))}

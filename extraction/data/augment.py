@@ -34,6 +34,10 @@ def create_views(clips: Tensor, keys: Sequence[bytes], augmentation: Augmentatio
 
 def augment(views: Tensor, keys: Sequence[bytes], augmentation: Augmentation) -> Tensor:
     """Augment float (B, C, T, H, W) clips in [0, 1], each as its key draws."""
+
+    def to_device(values: np.ndarray) -> Tensor:  # without waiting for what the device is busy with
+        return torch.from_numpy(values.astype(np.float32)).to(views.device, non_blocking=True)
+
     draws = [np.frombuffer(hashlib.blake2b(key, digest_size=24).digest(), np.uint64) for key in keys]
     uniform = (np.stack(draws) >> np.uint64(11)).astype(np.float64) / 2.0**53
     flip = np.where(uniform[:, 0] < augmentation.hflip, -1.0, 1.0)
@@ -43,13 +47,12 @@ def augment(views: Tensor, keys: Sequence[bytes], augmentation: Augmentation) ->
         height, width = views.shape[3:]
         cos, sin, aspect, zero = np.cos(angle), np.sin(angle), height / width, np.zeros_like(angle)
         rows = [[cos * flip, -sin * aspect * flip, zero], [sin / aspect, cos, zero]]
-        matrix = torch.tensor(np.array(rows).transpose(2, 0, 1), dtype=torch.float32, device=views.device)
+        matrix = to_device(np.array(rows).transpose(2, 0, 1))
         flat = views.flatten(1, 2)  # one grid for all the frames of a clip
         grid = F.affine_grid(matrix, list(flat.shape), align_corners=False)
         views = F.grid_sample(flat, grid, mode="bilinear", padding_mode="zeros", align_corners=False).view_as(views)
     elif augmentation.hflip:
-        flipped = torch.tensor(flip < 0, device=views.device)[:, None, None, None, None]
-        views = torch.where(flipped, views.flip(4), views)
+        views = torch.where(to_device(flip)[:, None, None, None, None] < 0, views.flip(4), views)
     if augmentation.brightness:
-        views = views * torch.tensor(factor, dtype=torch.float32, device=views.device)[:, None, None, None, None]
+        views = views * to_device(factor)[:, None, None, None, None]
     return views.clamp_(0.0, 1.0)

@@ -1,17 +1,63 @@
 """R(2+1)D and R3D (Tran et al. 2018, arXiv 1711.11248), from torchvision's `VideoResNet` parts."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, R2Plus1dStem, VideoResNet, r3d_18
 
 
+class FlatConv3d(nn.Conv3d):
+    """A convolution over space alone, or over time alone: float (B, C, T, H, W) -> the same, C, T, H, W its own.
+
+    On a GPU it runs in two dimensions over the same memory (channels last): cuDNN's best kernels are there, and 3D ones in
+    bf16 have come in slow and in wrong releases (pytorch/pytorch issues 163539 and 166122). Compiled in half precision it
+    also fills channels up to multiples of 8, what tensor cores load at once, with zeros: R(2+1)D's middle widths are such as
+    45 and 921. The compiler makes that part of the passes that are there anyway.
+    """
+
+    @staticmethod
+    def can_replace(conv: nn.Conv3d) -> bool:
+        in_space = conv.kernel_size[0] == conv.stride[0] == 1
+        return in_space or conv.kernel_size[1:] == conv.stride[1:] == (1, 1)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.convolve_flat(x, weight, bias) if x.is_cuda else super()._conv_forward(x, weight, bias)
+
+    def convolve_flat(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        width_out, width_in = weight.shape[:2]
+        fill_out, fill_in = -width_out % 8, -width_in % 8 if width_in > 4 else 0  # pictures have kernels of their own
+        half = x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type)
+        if not (torch.compiler.is_compiling() and half and bias is None and (fill_out or fill_in)):
+            return self._convolve(x, weight, bias)
+        x, weight = F.pad(x, (0,) * 7 + (fill_in,)), F.pad(weight, (0,) * 7 + (fill_in, 0, fill_out))
+        return self._convolve(x, weight, None)[:, :width_out]
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        batch, _, _, height, _ = x.shape
+        if self.kernel_size[0] == 1:
+            frames = x.transpose(1, 2).flatten(0, 1)
+            y = F.conv2d(frames, weight.squeeze(2), bias, self.stride[1:], self.padding[1:])
+            return y.unflatten(0, (batch, -1)).transpose(1, 2)
+        y = F.conv2d(x.flatten(3), weight.squeeze(4), bias, (self.stride[0], 1), (self.padding[0], 0))
+        return y.unflatten(3, (height, -1))
+
+
+def _flatten(net: nn.Module) -> nn.Module:
+    """Let the convolutions of `net` that can be flat be so. Parameters and state dict stay what they are."""
+    for module in net.modules():
+        if type(module) is nn.Conv3d and FlatConv3d.can_replace(module):
+            module.__class__ = FlatConv3d
+    return net
+
+
 def create_r3d_18(num_classes: int) -> nn.Module:
     """33.2 M weights; float (B, 3, T, H, W), normalised, 112x112 -> logits."""
-    return r3d_18(num_classes=num_classes)
+    return _flatten(r3d_18(num_classes=num_classes))
 
 
 def create_r2plus1d_18(num_classes: int) -> nn.Module:
     """31.3 M weights, torchvision's key layout."""
-    return VideoResNet(BasicBlock, [Conv2Plus1D] * 4, [2, 2, 2, 2], R2Plus1dStem, num_classes=num_classes)
+    return _flatten(VideoResNet(BasicBlock, [Conv2Plus1D] * 4, [2, 2, 2, 2], R2Plus1dStem, num_classes=num_classes))
 
 
 def create_r2plus1d_34(num_classes: int) -> nn.Module:
@@ -28,7 +74,7 @@ def create_r2plus1d_34(num_classes: int) -> nn.Module:
             module.eps, module.momentum = 1e-3, 0.9
         elif isinstance(module, nn.Conv3d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return net
+    return _flatten(net)
 
 
 class TinyR2Plus1D(nn.Module):
@@ -61,4 +107,4 @@ class TinyR2Plus1D(nn.Module):
 
 
 def create_r2plus1d_tiny(num_classes: int) -> nn.Module:
-    return TinyR2Plus1D(num_classes)
+    return _flatten(TinyR2Plus1D(num_classes))
