@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce  # the one that gradients go through
 from tqdm import tqdm
@@ -40,7 +41,7 @@ def start(device: str = "auto") -> None:
 
 
 def end() -> None:
-    """Leave the others, after the work."""
+    """Leave the others. A process that ends without may be aborted by the threads that talk to them."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -140,19 +141,22 @@ class WholeBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        dims = [0, *range(2, x.ndim)]
-        shape = [1, -1, *[1] * (x.ndim - 2)]
-        sums = torch.cat([x.sum(dims), x.new_tensor([x.numel() / x.shape[1]])])
-        sums = all_reduce(sums, "sum", dist.group.WORLD)
-        mean, count = sums[:-1] / sums[-1], sums[-1].detach()
-        centred = x - mean.view(shape)
-        var = all_reduce(centred.square().sum(dims), "sum", dist.group.WORLD) / count
+        dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+        own_mean = x.mean(dims)
+        scatter = (x - own_mean.view(shape)).square().sum(dims)
+        own = torch.cat([own_mean, scatter, x.new_tensor([x.numel() / x.shape[1]])])
+        # One message: each process fills its row, and the sum is everybody's table.
+        table = all_reduce(F.pad(own[None], (0, 0, rank(), num_processes() - rank() - 1)), "sum", dist.group.WORLD)
+        means, scatters, counts = table.split([x.shape[1], x.shape[1], 1], dim=1)
+        count = counts.sum().detach()
+        mean = (counts.detach() * means).sum(0) / count
+        var = (scatters + counts.detach() * (means - mean).square()).sum(0) / count
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        normal = centred * torch.rsqrt(var + self.eps).view(shape)
+        normal = (x - mean.view(shape)) * torch.rsqrt(var + self.eps).view(shape)
         return normal * self.weight.view(shape) + self.bias.view(shape) if self.affine else normal
 
 

@@ -209,7 +209,11 @@ def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None
     except Stop as error:
         if processes.is_first_to_say(str(error)):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        processes.end()
         sys.exit(1)
+    except processes.Ended:
+        processes.end()
+        raise
     except RuntimeError as error:
         lost = processes.describe_lost_process(error)
         if lost is None:
@@ -220,4 +224,5 @@ def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None
     except KeyboardInterrupt as error:
         if processes.is_first_to_say(str(error)):
             print(str(error) or "interrupted", file=sys.stderr)
+        processes.end()
         sys.exit(130)
