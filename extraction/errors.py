@@ -1,5 +1,10 @@
 """The two ways a run ends early. Both carry one line that a person can act on."""
 
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 
 class Stop(Exception):
     """Something the person running the script can put right: one line that names the file or value, and the fix.
@@ -10,3 +15,15 @@ class Stop(Exception):
 
 class BudgetExhausted(Stop):
     """The query budget leaves no room for the clips asked about. Nothing was answered and nothing was billed."""
+
+
+def run_tool(tool: Callable[[], Any]) -> None:
+    """The command line of a tool: Stop becomes its one line and exit status 1, Ctrl-C exit status 130."""
+    try:
+        tool()
+    except Stop as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)

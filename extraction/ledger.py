@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from extraction import processes
-from extraction.errors import BudgetExhausted, Stop
+from extraction.errors import BudgetExhausted, Stop, run_tool
 
 _SCHEMA = """
 PRAGMA page_size = 16384;
@@ -366,18 +366,8 @@ def merge(into: str, other: str, /) -> int:
     return added
 
 
-def _main() -> None:
-    import sys
-
+if __name__ == "__main__":
     import tyro
 
     commands = {"count": count, "list": show, "verify": verify, "export": export, "merge": merge}
-    try:
-        tyro.extras.subcommand_cli_from_dict(commands, description="Look into ledgers of paid answers.")
-    except Stop as error:
-        print(f"ledger: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    _main()
+    run_tool(lambda: tyro.extras.subcommand_cli_from_dict(commands, description="Look into ledgers of paid answers."))

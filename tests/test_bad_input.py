@@ -8,6 +8,8 @@ import os
 import random
 import resource
 import struct
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -206,3 +208,17 @@ def test_a_folder_that_cannot_be_written(demo_set):
 
     with pytest.raises(Stop, match=r"cannot make /proc/runs: .*; choose another --out-dir"):
         Run("x", "/proc/runs", swin_to_r21_kd.Config())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["ledger", "count"], ["data.subsets", "--out", "list.txt"], ["data.transcode", "out"], ["victims.movinet", "out"]],
+)
+def test_a_tool_ends_with_one_line(command, tmp_path):
+    tool, *given = command
+    given.insert(tool == "ledger", str(tmp_path / "nowhere"))
+    done = subprocess.run([sys.executable, "-m", f"extraction.{tool}", *given], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"{tool.split('.')[-1]}: ")
+    assert "nowhere" in done.stderr

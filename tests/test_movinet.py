@@ -408,20 +408,17 @@ def test_a_process_of_two_models_names_its_head_otherwise(demo, tmp_path):
     assert_same_state(load_movinet_state(tmp_path / "w.npz", "demo"), model.state_dict())
 
 
-def test_converts_once_to_safetensors(demo, tmp_path, monkeypatch, capsys):
+def test_converts_once_to_safetensors(demo, tmp_path):
     model, arrays = demo
     np.savez(tmp_path / "w.npz", **old_names(arrays))
     out = tmp_path / "w.safetensors"
     seed = torch.get_rng_state()
-    monkeypatch.setattr(sys, "argv", ["movinet", str(tmp_path / "w.npz"), str(out), "--model-id", "demo"])
-    movinet.main()
+    movinet.convert(tmp_path / "w.npz", out, "demo")
     assert_same_state(load_movinet_state(out, "demo"), model.state_dict())
     assert read_metadata(out) == {"architecture": "movinet_demo"}
     assert torch.equal(torch.get_rng_state(), seed)  # loading draws no random numbers of the caller's
-    monkeypatch.setattr(sys, "argv", ["movinet", str(tmp_path / "w.npz"), str(out)])  # not A2
-    with pytest.raises(SystemExit) as exit:
-        movinet.main()
-    assert "not the weights of MoViNet-A2" in str(exit.value)
+    with pytest.raises(Stop, match="not the weights of MoViNet-A2"):
+        movinet.convert(tmp_path / "w.npz", out)
 
 
 def damage(arrays, how):

@@ -9,11 +9,10 @@ same list on every machine, and a smaller share of the same seed is part of a la
 
 import hashlib
 import math
-import sys
 from pathlib import Path
 
 from extraction.data.folders import SPLITS, group_videos, normalise_class, refuse_empty_classes, require_folder
-from extraction.errors import Stop
+from extraction.errors import Stop, run_tool
 from extraction.weights import write_atomically
 
 
@@ -74,15 +73,7 @@ def _refuse_unreadable(where: Path, names: dict[str, list[str]]) -> None:
                 raise Stop(f"{where}: {path} of class {own!r} is in no folder of that name; lay it out as class/video")
 
 
-def _main() -> None:
+if __name__ == "__main__":
     import tyro
 
-    try:
-        tyro.cli(write_subset, description=__doc__)
-    except Stop as error:
-        print(f"subsets: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    _main()
+    run_tool(lambda: tyro.cli(write_subset, description=__doc__))

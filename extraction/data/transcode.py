@@ -10,7 +10,6 @@ stays frame k, and the frame rate stays. The same command goes on where an inter
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from extraction.data.clips import Unreadable, describe_error, open_video_stream, report_broken, view_plane
 from extraction.data.folders import EXTENSIONS
-from extraction.errors import Stop
+from extraction.errors import Stop, run_tool
 from extraction.weights import write_atomically
 
 _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
@@ -189,18 +188,7 @@ def _turn(frame: av.VideoFrame, turns: int) -> av.VideoFrame:
     return turned
 
 
-def _main() -> None:
+if __name__ == "__main__":
     import tyro
 
-    try:
-        tyro.cli(transcode_folder, description=__doc__)
-    except Stop as error:
-        print(f"transcode: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    _main()
+    run_tool(lambda: tyro.cli(transcode_folder, description=__doc__))

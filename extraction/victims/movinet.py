@@ -8,14 +8,13 @@ of tf-models-official, whose answers this module reproduces to float32 rounding,
 writes weights once in our own format; after that TensorFlow is not needed.
 """
 
-import argparse
 import copy
 import os
 import re
-import sys
 import zipfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision import ops
 
-from extraction.errors import Stop
+from extraction.errors import Stop, run_tool
 from extraction.weights import load_strictly, read_state, save_weights
 
 K11, K13, K15, K33, K53 = (1, 1, 1), (1, 3, 3), (1, 5, 5), (3, 3, 3), (5, 3, 3)
@@ -377,18 +376,18 @@ def _read_tensorflow(path: Path, prefix: Path) -> dict[str, np.ndarray]:
         raise Stop(f"{path}: not a readable TensorFlow checkpoint ({reason}); get its files again") from None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write MoViNet weights, from wherever they are, as safetensors.")
-    parser.add_argument("source", type=Path, help="SavedModel folder, checkpoint, .npz or PyTorch state dict")
-    parser.add_argument("out", type=Path, help="OUT.safetensors")
-    parser.add_argument("--model-id", default="a2", choices=MODELS)
-    args = parser.parse_args()
-    try:
-        state = load_movinet_state(args.source, args.model_id)
-        save_weights(args.out, state, {"architecture": f"movinet_{args.model_id}"})
-    except Stop as stop:
-        sys.exit(str(stop))
+def convert(source: Path, out: Path, /, model_id: Literal["a0", "a1", "a2", "demo"] = "a2") -> None:
+    """Write MoViNet weights, from wherever they are, as safetensors.
+
+    Args:
+        source: A SavedModel folder, checkpoint, .npz or PyTorch state dict.
+        out: The file to write, OUT.safetensors.
+        model_id: Which MoViNet they are of.
+    """
+    save_weights(out, load_movinet_state(source, model_id), {"architecture": f"movinet_{model_id}"})
 
 
 if __name__ == "__main__":
-    main()
+    import tyro
+
+    run_tool(lambda: tyro.cli(convert))
