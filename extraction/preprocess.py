@@ -21,6 +21,7 @@ def fit_clips(clips: Tensor, num_frames: int | None, size: int | None) -> Tensor
 
 
 @lru_cache
+@torch.inference_mode(False)  # what is kept must serve outside of it too
 def _resize_matrix(side: int, size: int, device: torch.device) -> Tensor:
     """(size, side): what bilinear resizing with antialiasing does to a line of pixels. Two products are faster than the
     library's resizing, by half on a CPU."""
