@@ -278,7 +278,7 @@ def show_profile(config: Config, scale: str, constants: Any, backend: Backend) -
             with torch.profiler.profile(activities=activities) as profile:
                 step()
                 synchronise(device)
-            key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+            key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
             print(f"\na {name} step")
             print(profile.key_averages().table(sort_by=key, row_limit=12, max_name_column_width=50))
 

@@ -29,7 +29,8 @@ class FlatConv3d(nn.Conv3d):
         half = x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type)
         if not (torch.compiler.is_compiling() and half and bias is None and (fill_out or fill_in)):
             return self._convolve(x, weight, bias)
-        x, weight = F.pad(x, (0,) * 7 + (fill_in,)), F.pad(weight, (0,) * 7 + (fill_in, 0, fill_out))
+        x = F.pad(x, (0,) * 7 + (fill_in,)) if fill_in else x
+        weight = F.pad(weight, (0,) * 7 + (fill_in, 0, fill_out))
         return self._convolve(x, weight, None)[:, :width_out]
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -100,7 +100,7 @@ class FusedSwin(nn.Module):
         self.plans = nn.ModuleList()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patch_embed(x)
+        x = self.embed_flat(x) if x.is_cuda else self.patch_embed(x)
         device, size = x.device.type, tuple(x.shape[1:4])
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.head.weight.dtype
         plan = self._find_plan(size, precision)
@@ -115,6 +115,18 @@ class FusedSwin(nn.Module):
                 x = x + step.attend(layer.attn, step.blank(layer.norm1(x)))
                 x = x + layer.mlp(layer.norm2(x))
         return self.head(self.norm(plan.steps[-1].gather(x)).mean((0, 2)))
+
+    def embed_flat(self, x: Tensor) -> Tensor:
+        """`patch_embed` as a matrix product: patches don't overlap, and 3D convolutions in bf16 have come in slow releases for
+        just this on GPUs (pytorch/pytorch issue 166122). On a CPU the convolution is faster."""
+        patch = self.patch_embed.tuple_patch_size
+        pads = [-n % p for n, p in zip(x.shape[2:], patch, strict=True)]
+        x = F.pad(x, (0, pads[2], 0, pads[1], 0, pads[0])) if any(pads) else x
+        for axis in (4, 3, 2):
+            x = x.unflatten(axis, (-1, patch[axis - 2]))
+        x = x.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4)  # channels last, as they come
+        proj = self.patch_embed.proj
+        return self.patch_embed.norm(F.linear(x, proj.weight.permute(0, 2, 3, 4, 1).flatten(1), proj.bias))
 
     def prepare(self, num_frames: int, height: int, width: int, precision: torch.dtype = torch.float32) -> "FusedSwin":
         """Look up now what a first clip of this size would: `torch.compile(..., fullgraph=True)` needs it done before.
