@@ -40,6 +40,16 @@ def take_turns(contenders: dict[str, Callable[[], None]], turns: int, steps: int
     return seconds
 
 
+def as_in_2022(step: Callable[[], None]) -> Callable[[], None]:
+    """The step with PyTorch's own choices for convolutions (TF32, no trying of kernels), whatever is chosen for ours."""
+
+    def run() -> None:
+        with torch.backends.cudnn.flags(enabled=True):
+            step()
+
+    return run
+
+
 def times_as_fast(seconds: dict[str, list[float]], name: str, base: str) -> float:
     """The median over the turns, each compared with its own."""
     return statistics.median(other / own for own, other in zip(seconds[name], seconds[base], strict=True))

@@ -46,7 +46,10 @@ def choose_backend(device: str = "auto", precision: str = "auto", compile: str =
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if precision not in PRECISIONS:
         raise Stop(f"--precision {precision}: write auto, {' or '.join(PRECISIONS)}")
-    choices = {"auto": COMPILE_AFTER if on_gpu else None, "on": 0, "off": None}
+    # float32 in convolutions too, where PyTorch would take TF32: slopes estimated from answers drown in its rounding.
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    # The first batch is never compiled: a Swin then looks up what it keeps, which would be a second graph.
+    choices = {"auto": COMPILE_AFTER if on_gpu else None, "on": 1, "off": None}
     if compile not in choices:
         raise Stop(f"--compile {compile}: write auto, on or off")
     return Backend(place, PRECISIONS[precision], choices[compile])

@@ -51,14 +51,14 @@ def predict_videos(
     broken = dict(clips.broken)
     batches = [range(i, min(i + batch_size, len(clips))) for i in range(0, len(clips), batch_size)]
     batches = processes.own_share(batches)
-    loader = load_batches(clips, batches, num_workers)
+    loader = load_batches(clips, batches, num_workers, pin_memory=torch.device(device).type == "cuda")
     for batch in tqdm(loader, total=len(batches), desc=desc, unit="batch", leave=False, dynamic_ncols=True):
         broken |= {clips.windows[i].path: reason for i, reason in batch.broken}
         if not batch.indices:
             continue
         views = batch.clips.to(device, non_blocking=True).permute(0, 4, 1, 2, 3).float().div_(255.0)
         probs = model(views).softmax(1)
-        videos = torch.tensor([clips.windows[i].video for i in batch.indices], device=device)
+        videos = torch.tensor([clips.windows[i].video for i in batch.indices]).to(device, non_blocking=True)
         if total is None:
             total = torch.zeros(clips.num_videos, probs.shape[1], device=device)
         total.index_add_(0, videos, probs)

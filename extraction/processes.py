@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partialmethod
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -32,18 +32,32 @@ def start(device: str = "auto") -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    on_gpus, own = device != "cpu" and torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if on_gpus and own > torch.cuda.device_count():
+        raise Stop(f"{own} processes for {torch.cuda.device_count()} GPUs: start one for each, or pass --device cpu")
     from accelerate import PartialState  # here, because it takes seconds to import
 
-    PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    # On GPUs tensors go round by NCCL and messages by gloo, which needn't wait for what the GPU is busy with.
+    PartialState(cpu=not on_gpus, **(dict(backend="cpu:gloo,cuda:nccl") if on_gpus else {}))
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for the rest of this process
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
 
 
 def end() -> None:
-    """Leave the others. A process that ends without may be aborted by the threads that talk to them."""
+    """Leave the others, after the work."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process before the work is done. One of several ends at once: in good order it might wait for one that is
+    gone, or be aborted by the threads that talk to it."""
+    if num_processes() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def num_processes() -> int:
@@ -133,7 +147,10 @@ def from_first(function: Callable[[], Any]) -> Any:
 
 
 class WholeBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation over the batches of all processes, on any device. PyTorch's own needs a GPU."""
+    """Batch normalisation over the batches of all processes, in float32.
+
+    PyTorch's own needs a GPU, where it makes the host wait in each layer and breaks compiled graphs.
+    """
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -141,7 +158,8 @@ class WholeBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+        dims, shape, precision = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)], x.dtype
+        x = x.float()
         own_mean = x.mean(dims)
         scatter = (x - own_mean.view(shape)).square().sum(dims)
         own = torch.cat([own_mean, scatter, x.new_tensor([x.numel() / x.shape[1]])])
@@ -157,7 +175,7 @@ class WholeBatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
         normal = (x - mean.view(shape)) * torch.rsqrt(var + self.eps).view(shape)
-        return normal * self.weight.view(shape) + self.bias.view(shape) if self.affine else normal
+        return (normal * self.weight.view(shape) + self.bias.view(shape) if self.affine else normal).to(precision)
 
 
 def _normalise_whole_batches(net: nn.Module) -> None:
@@ -178,14 +196,12 @@ def parallel(net: nn.Module) -> Callable:
     """
     if num_processes() == 1:
         return net
-    on_gpu = next(net.parameters()).is_cuda
-    if on_gpu:
-        for name, child in net.named_children():
-            setattr(net, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
-    else:
-        _normalise_whole_batches(net)
+    _normalise_whole_batches(net)
     # Statistics are those of the whole batch everywhere, so they need not be sent round.
-    return nn.parallel.DistributedDataParallel(net, [own_device().index] if on_gpu else None, forward_sync_buffers=False)
+    device = next(net.parameters()).device
+    return nn.parallel.DistributedDataParallel(
+        net, [device.index] if device.type == "cuda" else None, forward_sync_buffers=False
+    )
 
 
 def is_first_to_say(line: str) -> bool:
@@ -202,7 +218,8 @@ def describe_lost_process(error: BaseException) -> str | None:
     """One line for an error of the processes' talk with each other; None for any other error."""
     if num_processes() == 1 or not re.search(r"gloo|nccl|connection|broken pipe|timed? ?out|peer", str(error), re.IGNORECASE):
         return None
+    said = str(error).strip().splitlines()[0][:200]
     return (
-        f"another of the {num_processes()} processes of this run ended; what it said is above, if it could say anything. "
-        "Run the same command again: it goes on from the last checkpoint, and nothing is paid twice"
+        f"another of the {num_processes()} processes of this run ended; what it said is above, if it could say anything "
+        f"({said}). Run the same command again: it goes on from the last checkpoint, and nothing is paid twice"
     )

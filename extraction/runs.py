@@ -102,6 +102,7 @@ class Run:
             self._writer = SummaryWriter(str(self.folder), purge_step=num_queries)
         for name, value in values.items():
             self._writer.add_scalar(name, value, num_queries)
+        self._writer.flush()  # one of several processes may end without an orderly exit
 
     def finish(self, results: dict) -> dict:
         """Write `results.json`, with what every run's results have. Returns the results."""
@@ -171,6 +172,8 @@ def choose_device(name: str) -> torch.device:
         raise Stop(f"device {name!r}: write auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise Stop(f"device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here; use --device cpu")
+    if device.type == "cuda" and device.index:
+        torch.cuda.set_device(device)  # what asks for no device, such as waiting or pinning memory, means this one
     return device
 
 
@@ -209,20 +212,17 @@ def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None
     except Stop as error:
         if processes.is_first_to_say(str(error)):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        processes.end()
-        sys.exit(1)
+        processes.leave(1)
     except processes.Ended:
-        processes.end()
-        raise
+        processes.leave(1)
     except RuntimeError as error:
         lost = processes.describe_lost_process(error)
         if lost is None:
             raise
-        if processes.is_first_to_say(lost):
-            print(f"{Path(sys.argv[0]).name}: {lost}", file=sys.stderr, flush=True)
-        os._exit(1)  # an orderly exit would wait for the one that is gone
+        if processes.is_first_to_say("lost"):
+            print(f"{Path(sys.argv[0]).name}: {lost}", file=sys.stderr)
+        processes.leave(1)
     except KeyboardInterrupt as error:
         if processes.is_first_to_say(str(error)):
             print(str(error) or "interrupted", file=sys.stderr)
-        processes.end()
-        sys.exit(130)
+        processes.leave(130)

@@ -16,7 +16,7 @@ from extraction.victims import load_model
 
 def test_a_cpu_is_exact_and_never_compiles_unless_asked():
     assert choose_backend("cpu") == (torch.device("cpu"), torch.float32, None)
-    assert choose_backend("cpu", "bf16", "on") == (torch.device("cpu"), torch.bfloat16, 0)
+    assert choose_backend("cpu", "bf16", "on") == (torch.device("cpu"), torch.bfloat16, 1)
     assert choose_backend("cpu", "fp32", "off").compile_after is None
     with pytest.raises(Stop, match="--precision half: write auto, fp32 or bf16"):
         choose_backend("cpu", "half")

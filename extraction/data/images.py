@@ -166,10 +166,10 @@ def move_pictures(pictures: Tensor, draws: Tensor, paths: Paths) -> Tensor:
     Returns float (B, 3, T, H, W) in [0, 1]. What a path uncovers is filled by reflection, so that no corner is black.
     """
     batch, _, _, height, width = pictures.shape
-    draws = draws.to(torch.float64).view(batch, len(paths.layers), NUM_DRAWS)
+    draws = draws.to(torch.float64).view(batch, len(paths.layers), NUM_DRAWS).to(pictures.device, non_blocking=True)
     clips = None
     for number, layer in enumerate(paths.layers):
-        draw = draws[:, number].to(pictures.device).unbind(1)
+        draw = draws[:, number].unbind(1)
         matrix = _poses(draw, layer, paths.num_frames).float()  # (B, T, 2, 3): from the frame to the picture
         flat = [batch * paths.num_frames, 3, height, width]
         # One tall grid a clip: all frames are sampled from one picture, without a copy of it for each frame.
