@@ -121,6 +121,10 @@ def distill(
         recent.extend(state["recent"])
         history, first = state["history"], state["batch"]
         print(f"resuming {run.folder} at batch {first} of {order.num_batches}", flush=True)
+    elif victim is not None:
+        views = epochs if views_per_clip is None else min(epochs, views_per_clip)
+        crafted = "" if craft is None else ", and one for each clip crafted on them"
+        print(f"{len(clips)} clips in {views} views each: at most {len(clips) * views} queries{crafted}", flush=True)
 
     def save(batch: int) -> None:
         run.save_state(
