@@ -20,7 +20,7 @@ from extraction.data.folders import find_videos, read_classes, require_folder
 from extraction.errors import Stop
 from extraction.evaluation import parse_views, predict_videos, score, write_class_table
 from extraction.report import percent
-from extraction.runs import run_script
+from extraction.runs import check_at_least, run_script
 from extraction.students import load_student
 from extraction.victims import KNOWN_CLASSES
 
@@ -42,14 +42,18 @@ class Config:
     num_frames: int | None = None
     """Frames of a clip; by default what the weights were trained on, else 32."""
     stride: int | None = None
+    """A clip takes one of so many frames; by default what the weights were trained on, else 1."""
     size: int | None = None
+    """Height and width of a clip; by default what the weights were trained on, else 224."""
     batch_size: int = 16
     device: str = "auto"
+    """auto, cpu, cuda, or cuda:1 and so on; auto is a GPU if there is one."""
     precision: str = "auto"
     """fp32, bf16, or auto: bf16 on a GPU."""
     compile: str = "auto"
     """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 8
+    """Processes that decode, one for each core at most."""
     csv: str | None = None
     """Where the per-class table goes; by default beside the weights."""
     demo: bool = False
@@ -65,6 +69,8 @@ DEMO = dict(
 
 
 def main(config: Config) -> dict:
+    check_at_least(config, 1, "num_frames", "stride", "size", "batch_size")
+    check_at_least(config, 0, "num_workers")
     if config.unseen and not config.demo:
         raise Stop("--unseen: it goes with --demo")
     if config.unseen:
@@ -74,9 +80,12 @@ def main(config: Config) -> dict:
         write_demo_set("datasets/demo", {"val": 20})
     root = require_folder(config.data, "labelled videos, in class folders,")
     views = parse_views(config.views)
+    named = None if config.classes is None else _read_classes(config.classes)
     backend = choose_backend(config.device, config.precision, config.compile)
     student, about = load_student(config.student, config.weights)
-    classes = about.get("classes") or _read_classes(config.classes)
+    classes = about.get("classes") or named
+    if classes is None:
+        raise Stop("the weights do not say their classes: pass --classes k400 or k600, or a text file with a name per line")
     if len(classes) != student.num_classes:
         raise Stop(f"{config.weights}: its head has {student.num_classes} classes, the class list {len(classes)}")
     shape = {
@@ -86,7 +95,8 @@ def main(config: Config) -> dict:
     clips = Clips(find_videos(root, classes, "val", config.data_list), views=views, **shape)
     said = predict_videos(backend.place(student), clips, backend.device, config.batch_size, config.num_workers)
     results = score(said.probs, said.labels)
-    table = Path(config.csv) if config.csv else Path(config.weights).with_suffix(".classes.csv")
+    suffix = ".unseen.classes.csv" if config.unseen else ".classes.csv"
+    table = Path(config.csv) if config.csv else Path(config.weights).with_suffix(suffix)
     write_class_table(table, said.probs, said.labels, classes)
     print(f"top-1 {percent(results['top1'])} %, top-5 {percent(results['top5'])} %")
     print(f"{clips.num_videos} videos of {config.data}, {config.views} views each; per class: {table}")
@@ -94,9 +104,7 @@ def main(config: Config) -> dict:
     return results
 
 
-def _read_classes(name: str | None) -> list[str]:
-    if name is None:
-        raise Stop("the weights do not say their classes: pass --classes k400 or k600, or a text file with a name per line")
+def _read_classes(name: str) -> list[str]:
     if name in KNOWN_CLASSES:
         return list(KNOWN_CLASSES[name]())
     if not Path(name).is_file():

@@ -19,7 +19,8 @@ from extraction.data.folders import find_videos, list_classes, require_folder
 from extraction.distill import distill
 from extraction.evaluation import Referee
 from extraction.report import draw_curve, percent
-from extraction.runs import Run, check_at_least, choose_device, run_script, set_seed
+from extraction.runs import Run, check_at_least, check_at_most, choose_device, run_script, set_seed
+from extraction.setting import require_lists
 from extraction.victims import create_network
 from extraction.weights import save_weights
 
@@ -33,10 +34,12 @@ class Config:
     val: str | None = None
     """Held-out labelled videos; by default those of --data."""
     val_list: str | None = None
+    """Use only the held-out videos that this list names."""
     architecture: str = "swin_demo"
     """One of swin_demo, swin_t, swin_s, swin_b, movinet_demo."""
     num_frames: int = 16
     stride: int = 1
+    """A clip takes one of so many frames of a video: 2 is every other one."""
     step: int = 8
     """A new clip every so many frames."""
     size: int = 48
@@ -47,12 +50,18 @@ class Config:
     """Peak of a one-cycle schedule (AdamW)."""
     weight_decay: float = 0.05
     hflip: float = 0.0
+    """Share of the views that are mirrored, 0 to 1."""
     brightness: float = 0.2
+    """How far the brightness of a view is changed, 0 to 1: 0.1 is 10 % up or down at most."""
     rotation: float = 8.0
+    """How far a view is turned, in degrees either way at most."""
     seed: int = 0
     device: str = "auto"
+    """auto, cpu, cuda, or cuda:1 and so on; auto is a GPU if there is one."""
     num_workers: int = 2
+    """Processes that decode, one for each core at most."""
     checkpoint_seconds: float = 120.0
+    """Seconds between checkpoints, from which an interrupted run goes on."""
     out_dir: str = "runs/train_victim"
     demo: bool = False
     """Remake the demo's victim: hours on two CPU cores."""
@@ -63,20 +72,24 @@ DEMO = dict(demo=True, data="datasets/demo", val="datasets/demo", step=16, epoch
 
 def main(config: Config) -> dict:
     check_at_least(config, 1, "epochs", "batch_size", "num_frames", "stride", "step", "size")
+    check_at_least(config, 0, "lr", "weight_decay", "hflip", "brightness", "rotation", "num_workers")
+    check_at_most(config, 1, "hflip", "brightness")
+    require_lists(config)
     if config.demo:
         write_demo_set("datasets/demo", {"train": 2500, "val": 20})
     device = choose_device(config.device)
     root = require_folder(config.data, "a folder of class folders of videos")
+    val_root = require_folder(config.val or root, "held-out labelled videos, in class folders,")
     run = Run("train_victim", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         print(f"{run.folder} is finished: top-1 {percent(run.finished['top1'])} %")
         return run.finished
     set_seed(config.seed)
     classes = list_classes(root, "train")
+    model = create_network(config.architecture, len(classes), config.num_frames, config.size).to(device)
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
     clips = Clips(find_videos(root, classes, "train", config.data_list), step=config.step, **shape)
-    val = Clips(find_videos(config.val or root, classes, "val", config.val_list), views=(1, 1), **shape)
-    model = create_network(config.architecture, len(classes), config.num_frames, config.size).to(device)
+    val = Clips(find_videos(val_root, classes, "val", config.val_list), views=(1, 1), **shape)
     referee = Referee(val, classes, device, config.batch_size, config.num_workers)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
     steps = config.epochs * -(-len(clips) // config.batch_size)

@@ -22,9 +22,9 @@ from extraction.backend import choose_backend
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data_free import Attacker, create_optimizer, extract, find_method, find_schedule
 from extraction.generators import create_generator
-from extraction.report import finish, print_results
+from extraction.report import finish
 from extraction.runs import Run, check_at_least, run_script, set_seed
-from extraction.setting import open_setting
+from extraction.setting import open_setting, repeat_results, require_generator, require_inputs
 from extraction.students import create_student
 
 
@@ -33,25 +33,32 @@ class Config:
     method: str = "maze"
     """maze or dfme: the loss, and the values of the constants below that are None."""
     victim: str = "movinet_a2_k600"
+    """Whom to ask: an unknown name lists them; torchvision:, mmaction2: and pytorchvideo: take a model's name after them."""
     victim_weights: str | None = None
     """Weight file of the victim; by default its usual place under weights/."""
     answers: str = "probs"
     """What the victim gives away: logits, probs, top5 or label; dfme needs logits or probs."""
+    decimals: int | None = None
+    """Round the victim's numbers to so many decimals."""
     query_budget: int | None = None
-    """Stop before more than this many clips are answered."""
+    """Stop before more than this many clips are answered; the student is saved and scored, exit status 1."""
     student: str = "r3d_18"
+    """The student's network: an unknown name lists them."""
     student_weights: str | None = None
+    """Weight file that the student starts from, all but its head; None: from nothing."""
     generator: str = "dvdgan"
-    """dvdgan, deconv (a simple 3D deconvolution), layered (a patch before a background), or their _small ones."""
+    """dvdgan, deconv (a simple 3D deconvolution), layered (a patch before a background), dvdgan_small or deconv_small."""
     val: str = "datasets/kinetics600_val"
     """Held-out labelled videos that score the student; nothing is chosen by them."""
     val_list: str | None = None
+    """Use only the videos of --val that this list names."""
     min_victim_top1: float | None = None
-    """Pay nothing unless the victim is at least so good on --val; by default three times chance, 0 switches it off."""
+    """Pay nothing unless the victim's top-1 on --val is at least this, a fraction (0.3); by default 3 times chance, 0: off."""
     num_frames: int = 16
     stride: int = 2
-    """Of the held-out videos' frames."""
+    """A clip takes one of so many frames of a held-out video: 2 is every other one."""
     size: int = 112
+    """Height and width of the clips that are sent."""
     iterations: int = 500
     batch_size: int = 128
     generator_steps: int = 1
@@ -76,12 +83,15 @@ class Config:
     """Score the student every so many queries."""
     seed: int = 0
     device: str = "auto"
-    precision: str = "auto"
-    """fp32, bf16, or auto: bf16 on a GPU."""
+    """auto, cpu, cuda, or cuda:1 and so on; auto is a GPU if there is one."""
+    precision: str = "fp32"
+    """fp32, bf16, or auto: bf16 on a GPU. In bf16 the estimated slopes drown in rounding."""
     compile: str = "auto"
     """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 8
+    """Processes that decode, one for each core at most."""
     checkpoint_seconds: float = 600.0
+    """Seconds between checkpoints, from which an interrupted run goes on."""
     out_dir: str = "runs/attack_video_movinet"
     demo: bool = False
     """Run on the embedded demo set and victim: minutes on two CPU cores."""
@@ -99,22 +109,25 @@ def main(config: Config) -> dict:
     check_at_least(config, 1, "iterations", "batch_size", "num_frames", "stride", "size", "num_directions", "score_every")
     check_at_least(config, 1, "student_steps", "replay_clips")
     check_at_least(config, 0, "query_budget", "generator_steps", "replay_steps", "num_workers")
+    check_at_least(config, 0, "student_lr", "generator_lr", "weight_decay")
     check_at_least(config, 1e-6, "smoothing")
     method = find_method(config.method, config.answers)
     directions = method.num_directions if config.num_directions is None else config.num_directions
     replay_steps = method.replay_steps if config.replay_steps is None else config.replay_steps
     schedule = find_schedule(config.schedule or method.schedule)
+    require_generator(config.generator)
+    require_inputs(config)
     if config.demo:
         write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})
     backend = choose_backend(config.device, config.precision, config.compile)
     run = Run("attack_video_movinet", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
-        return print_results(run.finished)
+        return repeat_results(run.finished)
     victim, referee = open_setting(
         run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=config.stride, size=config.size, batch_size=config.batch_size,
-        num_workers=config.num_workers, exact=True,
+        num_workers=config.num_workers, exact=True, decimals=config.decimals,
     )  # fmt: skip
     set_seed(config.seed)
     student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))

@@ -28,9 +28,9 @@ from extraction.distill import distill
 from extraction.embeddings import Codes, Sampling, code_size, find_codes, sample_clips
 from extraction.errors import BudgetExhausted
 from extraction.processes import require_one
-from extraction.report import finish, print_results
+from extraction.report import finish
 from extraction.runs import Run, check_at_least, run_script, set_seed
-from extraction.setting import open_setting
+from extraction.setting import open_setting, repeat_results, require_inputs
 from extraction.students import create_student
 from extraction.weights import fingerprint
 
@@ -38,12 +38,15 @@ from extraction.weights import fingerprint
 @dataclass(frozen=True)
 class Config:
     victim: str = "movinet_a2_k600"
+    """Whom to ask: an unknown name lists them; torchvision:, mmaction2: and pytorchvideo: take a model's name after them."""
     victim_weights: str | None = None
     """Weight file of the victim; by default its usual place under weights/."""
     answers: str = "probs"
     """What the victim gives away: logits, probs, top5 or label."""
+    decimals: int | None = None
+    """Round the victim's numbers to so many decimals."""
     query_budget: int | None = None
-    """Stop before more than this many clips are answered."""
+    """Stop before more than this many clips are answered; the student is saved and scored, exit status 1."""
     generator_weights: str | None = WEIGHTS
     """BigGAN-deep of 128 pixels; None is the demo's small untrained one."""
     truncation: float = 0.8
@@ -63,12 +66,15 @@ class Config:
     layers: tuple[Layer, ...] = (Layer(),)
     """How each picture of a clip moves, from the bottom to the top."""
     student: str = "resnet50"
+    """The student's network: an unknown name lists them."""
     student_weights: str | None = None
+    """Weight file that the student starts from, all but its head; None: from nothing."""
     val: str = "datasets/kinetics600_val"
     """Held-out labelled videos that score the student."""
     val_list: str | None = None
+    """Use only the videos of --val that this list names."""
     min_victim_top1: float | None = None
-    """Pay nothing unless the victim is at least so good on --val; by default three times chance, 0 switches it off."""
+    """Pay nothing unless the victim's top-1 on --val is at least this, a fraction (0.3); by default 3 times chance, 0: off."""
     num_frames: int = 32
     size: int = 224
     """Height and width of the held-out clips; the generator's own are 128x128."""
@@ -79,12 +85,15 @@ class Config:
     lr: float = 1e-3
     seed: int = 0
     device: str = "auto"
+    """auto, cpu, cuda, or cuda:1 and so on; auto is a GPU if there is one."""
     precision: str = "auto"
     """fp32, bf16, or auto: bf16 on a GPU."""
     compile: str = "auto"
     """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 0
+    """Processes that decode, one for each core at most."""
     checkpoint_seconds: float = 300.0
+    """Seconds between checkpoints, from which an interrupted run goes on."""
     out_dir: str = "runs/biggan_with_movinet"
     demo: bool = False
     """Run on the embedded demo set, generator and victim: minutes on two CPU cores."""
@@ -103,6 +112,7 @@ def main(config: Config) -> dict:
     check_at_least(config, 1, "num_random", "population", "codes_per_class", "clips_per_class", "epochs", "batch_size")
     check_at_least(config, 1, "num_frames", "size", "views_per_clip")
     check_at_least(config, 0, "query_budget", "num_steps", "step", "confidence", "spread", "lr", "num_workers")
+    require_inputs(config)
     if config.demo:
         write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})  # the referee's alone
     require_one("the search")
@@ -114,12 +124,15 @@ def main(config: Config) -> dict:
         mark = f"{fingerprint(config.generator_weights)}@{config.truncation}"
     run = Run("biggan_with_movinet", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
-        return print_results(run.finished)
+        return repeat_results(run.finished)
     victim, referee = open_setting(
         run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=1, size=config.size, batch_size=config.batch_size, num_workers=config.num_workers,
+        decimals=config.decimals,
     )  # fmt: skip
+    set_seed(config.seed)
+    student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))
     run.begin()
     paths, make_clips = Paths(config.num_frames, config.layers), partial(sample_clips, generator.to(backend.device))
     codes, search, cut = find_codes(
@@ -134,8 +147,6 @@ def main(config: Config) -> dict:
     clips = Codes(mark, victim.classes, codes, config.clips_per_class)
     if not len(clips):
         raise BudgetExhausted(cut)
-    set_seed(config.seed)
-    student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))
     optimizer = torch.optim.Adam(student.parameters(), config.lr, fused=True)
     steps = config.epochs * -(-len(clips) // config.batch_size)
     history, stopped = distill(
@@ -144,7 +155,8 @@ def main(config: Config) -> dict:
         views_per_clip=config.views_per_clip, seed=config.seed, num_workers=config.num_workers,
     )  # fmt: skip
     return finish(
-        run, student, victim, referee, history, stopped, search=search, unreached=unreached, search_queries=searched
+        run, student, victim, referee, history, f"{cut}; the student is untrained" if cut else stopped,
+        search=search, unreached=unreached, search_queries=searched,
     )  # fmt: skip
 
 

@@ -35,9 +35,9 @@ from extraction.distill import distill
 from extraction.errors import BudgetExhausted
 from extraction.ledger import Ledger
 from extraction.processes import require_one
-from extraction.report import finish, print_results
+from extraction.report import finish
 from extraction.runs import Run, check_at_least, run_script, set_seed
-from extraction.setting import open_setting
+from extraction.setting import open_setting, repeat_results, require_inputs
 from extraction.students import create_student
 from extraction.weights import write_atomically
 
@@ -45,12 +45,15 @@ from extraction.weights import write_atomically
 @dataclass(frozen=True)
 class Config:
     victim: str = "swin_b_k400"
+    """Whom to ask: an unknown name lists them; torchvision:, mmaction2: and pytorchvideo: take a model's name after them."""
     victim_weights: str | None = None
     """Weight file of the victim; by default its usual place under weights/."""
     answers: str = "label"
     """What the victim gives away. This attack reads the label alone, whatever there is."""
+    decimals: int | None = None
+    """Round the victim's numbers to so many decimals."""
     query_budget: int | None = None
-    """Stop before more than this many clips are answered."""
+    """Stop before more than this many clips are answered; the student is saved and scored, exit status 1."""
     num_explore: int = 8000
     """Random clips that are asked about first."""
     num_rounds: int = 16
@@ -64,7 +67,9 @@ class Config:
     jitter: float = 0.1
     """How far a path around a kept one is from it: standard deviation of each of its numbers, which are 0..1."""
     student: str = "r2plus1d_18"
+    """The student's network: an unknown name lists them."""
     student_weights: str | None = None
+    """Weight file that the student starts from, all but its head; None: from nothing."""
     images: str = "datasets/coco/train2017"
     """Any tree of unrelated images; no labels are used."""
     layers: tuple[Layer, ...] = (
@@ -75,8 +80,9 @@ class Config:
     val: str = "datasets/kinetics400_val"
     """Held-out labelled videos that score the student."""
     val_list: str | None = None
+    """Use only the videos of --val that this list names."""
     min_victim_top1: float | None = None
-    """Pay nothing unless the victim is at least so good on --val; by default three times chance, 0 switches it off."""
+    """Pay nothing unless the victim's top-1 on --val is at least this, a fraction (0.3); by default 3 times chance, 0: off."""
     num_frames: int = 32
     size: int = 224
     """Height and width of the clips that are sent."""
@@ -85,12 +91,15 @@ class Config:
     lr: float = 1e-3
     seed: int = 0
     device: str = "auto"
+    """auto, cpu, cuda, or cuda:1 and so on; auto is a GPU if there is one."""
     precision: str = "auto"
     """fp32, bf16, or auto: bf16 on a GPU."""
     compile: str = "auto"
     """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 8
+    """Processes that decode, one for each core at most."""
     checkpoint_seconds: float = 300.0
+    """Seconds between checkpoints, from which an interrupted run goes on."""
     out_dir: str = "runs/natural_images_label_only"
     demo: bool = False
     """Run on the embedded demo set, images and victim: minutes on two CPU cores."""
@@ -115,6 +124,7 @@ class Asked(NamedTuple):
 def main(config: Config) -> dict:
     check_at_least(config, 1, "num_explore", "per_round", "quota", "repeats", "epochs", "batch_size", "num_frames", "size")
     check_at_least(config, 0, "query_budget", "num_rounds", "jitter", "lr", "num_workers")
+    require_inputs(config)
     if config.demo:
         write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})  # the referee's alone
         write_demo_images("datasets/demo/images")
@@ -123,12 +133,15 @@ def main(config: Config) -> dict:
     images = Images(config.images, 1, len(config.layers), config.size, config.seed)
     run = Run("natural_images_label_only", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
-        return print_results(run.finished)
+        return repeat_results(run.finished)
     victim, referee = open_setting(
         run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=1, size=config.size, batch_size=config.batch_size, num_workers=config.num_workers,
+        decimals=config.decimals,
     )  # fmt: skip
+    set_seed(config.seed)
+    student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))
     run.begin()
     paths = Paths(config.num_frames, config.layers)
     kept, selection, cut = select_clips(config, victim, images, paths, backend.device)
@@ -139,8 +152,6 @@ def main(config: Config) -> dict:
     def make_views(pictures: Tensor, keys: list[bytes], paths: Paths) -> Tensor:
         return draw_clips(pictures, np.stack([draws[key] for key in keys]), paths)
 
-    set_seed(config.seed)
-    student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))
     optimizer = torch.optim.Adam(student.parameters(), config.lr, fused=True)
     steps = config.epochs * -(-len(chosen) // config.batch_size)
     clips = images.of([asked.window for asked in chosen])

@@ -7,8 +7,7 @@ Every pixel of every frame is drawn from a normal distribution around grey, clip
 
     num_queries = iterations * batch_size * student_steps
 
-The 2022 report had 1.26 top-5 / 0.27 top-1 on Kinetics-400: chance is 1.25 / 0.25. The demo ends at 9.2 %
-agreement@1 (8.3 top-1) after 3 200 queries, chance 8.3.
+The 2022 report had 1.26 top-5 / 0.27 top-1 on Kinetics-400: chance is 1.25 / 0.25.
 
 The demo: 8.3 top-1, 9.2 agreement@1 after 3 200 queries (victim 97.9, chance 8.3; README).
 """
@@ -19,32 +18,39 @@ from extraction.backend import choose_backend
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data_free import METHODS, SCHEDULES, Attacker, create_optimizer, extract
 from extraction.generators import create_generator
-from extraction.report import finish, print_results
+from extraction.report import finish
 from extraction.runs import Run, check_at_least, run_script, set_seed
-from extraction.setting import open_setting
+from extraction.setting import open_setting, repeat_results, require_inputs
 from extraction.students import create_student
 
 
 @dataclass(frozen=True)
 class Config:
     victim: str = "swin_b_k400"
+    """Whom to ask: an unknown name lists them; torchvision:, mmaction2: and pytorchvideo: take a model's name after them."""
     victim_weights: str | None = None
     """Weight file of the victim; by default its usual place under weights/."""
     answers: str = "probs"
     """What the victim gives away: logits, probs, top5 or label."""
+    decimals: int | None = None
+    """Round the victim's numbers to so many decimals."""
     query_budget: int | None = None
-    """Stop before more than this many clips are answered."""
+    """Stop before more than this many clips are answered; the student is saved and scored, exit status 1."""
     student: str = "r3d_18"
+    """The student's network: an unknown name lists them."""
     student_weights: str | None = None
+    """Weight file that the student starts from, all but its head; None: from nothing."""
     val: str = "datasets/kinetics400_val"
     """Held-out labelled videos that score the student; nothing is chosen by them."""
     val_list: str | None = None
+    """Use only the videos of --val that this list names."""
     min_victim_top1: float | None = None
-    """Pay nothing unless the victim is at least so good on --val; by default three times chance, 0 switches it off."""
+    """Pay nothing unless the victim's top-1 on --val is at least this, a fraction (0.3); by default 3 times chance, 0: off."""
     num_frames: int = 16
     stride: int = 2
-    """Of the held-out videos' frames."""
+    """A clip takes one of so many frames of a held-out video: 2 is every other one."""
     size: int = 112
+    """Height and width of the clips that are sent."""
     iterations: int = 500
     batch_size: int = 128
     student_steps: int = 5
@@ -59,12 +65,15 @@ class Config:
     """Score the student every so many queries."""
     seed: int = 0
     device: str = "auto"
+    """auto, cpu, cuda, or cuda:1 and so on; auto is a GPU if there is one."""
     precision: str = "auto"
     """fp32, bf16, or auto: bf16 on a GPU."""
     compile: str = "auto"
     """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 8
+    """Processes that decode, one for each core at most."""
     checkpoint_seconds: float = 600.0
+    """Seconds between checkpoints, from which an interrupted run goes on."""
     out_dir: str = "runs/random_noise_with_swin"
     demo: bool = False
     """Run on the embedded demo set and victim: minutes on two CPU cores."""
@@ -81,17 +90,19 @@ def main(config: Config) -> dict:
     check_at_least(config, 1, "iterations", "batch_size", "num_frames", "stride", "size", "student_steps", "score_every")
     check_at_least(config, 1, "replay_clips")
     check_at_least(config, 0, "query_budget", "replay_steps", "num_workers")
+    check_at_least(config, 0, "student_lr", "weight_decay")
+    require_inputs(config)
     if config.demo:
         write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})
     backend = choose_backend(config.device, config.precision, config.compile)
     run = Run("random_noise_with_swin", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
-        return print_results(run.finished)
+        return repeat_results(run.finished)
     victim, referee = open_setting(
         run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=config.stride, size=config.size, batch_size=config.batch_size,
-        num_workers=config.num_workers, exact=True,
+        num_workers=config.num_workers, exact=True, decimals=config.decimals,
     )  # fmt: skip
     set_seed(config.seed)
     student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))

@@ -21,23 +21,28 @@ from extraction.backend import choose_backend
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data.images import Images, Layer, Paths, create_clips, write_demo_images
 from extraction.distill import distill
-from extraction.report import finish, print_results
+from extraction.report import finish
 from extraction.runs import Run, check_at_least, run_script, set_seed
-from extraction.setting import open_setting
+from extraction.setting import open_setting, repeat_results, require_inputs
 from extraction.students import create_student
 
 
 @dataclass(frozen=True)
 class Config:
     victim: str = "movinet_a2_k600"
+    """Whom to ask: an unknown name lists them; torchvision:, mmaction2: and pytorchvideo: take a model's name after them."""
     victim_weights: str | None = None
     """Weight file of the victim; by default its usual place under weights/."""
     answers: str = "probs"
     """What the victim gives away: logits, probs, top5 or label."""
+    decimals: int | None = None
+    """Round the victim's numbers to so many decimals."""
     query_budget: int | None = None
-    """Stop before more than this many clips are answered."""
+    """Stop before more than this many clips are answered; the student is saved and scored, exit status 1."""
     student: str = "r2plus1d_18"
+    """The student's network: an unknown name lists them."""
     student_weights: str | None = None
+    """Weight file that the student starts from, all but its head; None: from nothing."""
     images: str = "datasets/coco/train2017"
     """Any tree of unrelated images; no labels are used."""
     num_clips: int | None = None
@@ -47,8 +52,9 @@ class Config:
     val: str = "datasets/kinetics600_val"
     """Held-out labelled videos that score the student."""
     val_list: str | None = None
+    """Use only the videos of --val that this list names."""
     min_victim_top1: float | None = None
-    """Pay nothing unless the victim is at least so good on --val; by default three times chance, 0 switches it off."""
+    """Pay nothing unless the victim's top-1 on --val is at least this, a fraction (0.3); by default 3 times chance, 0: off."""
     num_frames: int = 32
     size: int = 224
     """Height and width of the clips that are sent."""
@@ -59,12 +65,15 @@ class Config:
     lr: float = 1e-3
     seed: int = 0
     device: str = "auto"
+    """auto, cpu, cuda, or cuda:1 and so on; auto is a GPU if there is one."""
     precision: str = "auto"
     """fp32, bf16, or auto: bf16 on a GPU."""
     compile: str = "auto"
     """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 8
+    """Processes that decode, one for each core at most."""
     checkpoint_seconds: float = 300.0
+    """Seconds between checkpoints, from which an interrupted run goes on."""
     out_dir: str = "runs/stacked_images_with_movinet"
     demo: bool = False
     """Run on the embedded demo set, images and victim: minutes on two CPU cores."""
@@ -81,6 +90,7 @@ DEMO = dict(
 def main(config: Config) -> dict:
     check_at_least(config, 1, "epochs", "batch_size", "num_frames", "size", "num_clips", "views_per_clip")
     check_at_least(config, 0, "query_budget", "lr", "num_workers")
+    require_inputs(config)
     if config.demo:
         write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})  # the referee's alone
         write_demo_images("datasets/demo/images")
@@ -88,11 +98,12 @@ def main(config: Config) -> dict:
     images = Images(config.images, config.num_clips, len(config.layers), config.size, config.seed)
     run = Run("stacked_images_with_movinet", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
-        return print_results(run.finished)
+        return repeat_results(run.finished)
     victim, referee = open_setting(
         run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=1, size=config.size, batch_size=config.batch_size, num_workers=config.num_workers,
+        decimals=config.decimals,
     )  # fmt: skip
     set_seed(config.seed)
     student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))

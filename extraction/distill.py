@@ -285,4 +285,5 @@ def _describe_point(point: dict, epochs: int) -> str:
         f"{name.replace('_at_', '@')} {100 * point[name]:.1f}" for name in ("top1", "top5", "agreement_at_1") if name in point
     ]
     scores = f"{', '.join(shown)} %, " if shown else ""
-    return f"epoch {point['epoch']}/{epochs}: loss {point['loss']:.3f}, {scores}{point['num_queries']} queries"
+    loss = "untrained" if math.isnan(point["loss"]) else f"loss {point['loss']:.3f}"
+    return f"epoch {point['epoch']}/{epochs}: {loss}, {scores}{point['num_queries']} queries"

@@ -114,7 +114,7 @@ def check_victim(scores: dict[str, float], num_classes: int, min_victim_top1: fl
         raise Stop(
             f"the victim names {100 * scores['top1']:.1f} % of the held-out clips right, {100 * needed:.1f} % is the least and "
             f"{100 * chance:.1f} % chance: wrong weights, wrong class order, wrong preprocessing or labels of something else; "
-            "nothing was paid (min_victim_top1 lowers the least, 0 switches this check off)"
+            "nothing was paid (--min-victim-top1 lowers the least, 0 switches this check off)"
         )
 
 

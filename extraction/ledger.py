@@ -14,14 +14,16 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 
 from extraction import processes
 from extraction.errors import BudgetExhausted, Stop, run_tool
+from extraction.weights import write_atomically
 
 _SCHEMA = """
 PRAGMA page_size = 16384;
@@ -64,7 +66,8 @@ class Ledger:
 
     `open_victim(num_queries)` opens the door, told what earlier lives of the run have spent. When the victim's weights are
     not there but the ledger holds answers, it serves those alone. `exact` keeps float32 of everything. Raises Stop when the
-    file is not a ledger or holds answers of another victim, another surface or in another way.
+    file is not a ledger or holds answers of another victim, another surface or in another way; one in which nothing was
+    paid for yet becomes this victim's.
     """
 
     def __init__(
@@ -80,7 +83,8 @@ class Ledger:
         self._database = None  # of several processes the first one has it
         kept = processes.from_first(self._open)
         self._num_queries = int(kept.get("num_queries", 0))
-        if kept:
+        paid = self._num_queries + len(self) > 0  # a run that failed before binds nobody
+        if paid:
             self._check("answers", kept["answers"], answers)
             self._check("decimals", kept["decimals"], str(decimals))
             self._check("answers packed as", _layout(kept), self._layout)
@@ -101,7 +105,7 @@ class Ledger:
                 fingerprint=self._victim.fingerprint,
                 classes=json.dumps(self._victim.classes),
             )
-            if kept:
+            if paid:
                 self._check(
                     "victim", f"{kept['victim']} ({kept['fingerprint']})", f"{about['victim']} ({about['fingerprint']})"
                 )
@@ -117,8 +121,12 @@ class Ledger:
         return dict(self._database.execute("SELECT name, value FROM about"))
 
     def _begin(self, about: dict[str, str]) -> None:
+        """Write whose answers these will be; what the referee kept of another victim goes."""
         with self._database:
-            self._database.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+            kept = dict(self._database.execute("SELECT name, value FROM about"))
+            if any(kept.get(name) != about[name] for name in ("victim", "fingerprint", "classes")):
+                self._database.execute("DELETE FROM referee")
+            self._database.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", about.items())
 
     def _check(self, what: str, kept: str, wanted: str) -> None:
         if kept != wanted:
@@ -277,6 +285,11 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 # --- python -m extraction.ledger ... -------------------------------------------------------------------------------
 
+_LEDGER = Annotated[str, tyro.conf.arg(metavar="LEDGER", help="The file, such as runs/NAME/ledger.sqlite.")]
+_OUT = Annotated[str, tyro.conf.arg(metavar="OUT", help="The file to write, ending in .npz or .parquet.")]
+_INTO = Annotated[str, tyro.conf.arg(metavar="INTO", help="The ledger that is added to.")]
+_OTHER = Annotated[str, tyro.conf.arg(metavar="OTHER", help="The ledger whose answers are added; it stays as it is.")]
+
 
 def _open_existing(path: str) -> tuple[sqlite3.Connection, dict[str, str]]:
     if not Path(path).is_file():
@@ -288,7 +301,7 @@ def _open_existing(path: str) -> tuple[sqlite3.Connection, dict[str, str]]:
     return database, about
 
 
-def count(ledger: str, /) -> int:
+def count(ledger: _LEDGER, /) -> int:
     """Say which victim a ledger's answers are from, and how many there are."""
     database, about = _open_existing(ledger)
     rows = database.execute("SELECT count(*) FROM answers").fetchone()[0]
@@ -297,7 +310,7 @@ def count(ledger: str, /) -> int:
     return rows
 
 
-def show(ledger: str, /, limit: int = 20) -> None:
+def show(ledger: _LEDGER, /, limit: Annotated[int, tyro.conf.arg(help="How many.")] = 20) -> None:
     """List the first answers, in the order they were paid for: key and the victim's top class."""
     database, about = _open_existing(ledger)
     classes = json.loads(about["classes"])
@@ -308,7 +321,7 @@ def show(ledger: str, /, limit: int = 20) -> None:
         print(f"{key.hex()}  {classes[top]}{share}")
 
 
-def verify(ledger: str, /) -> None:
+def verify(ledger: _LEDGER, /) -> None:
     """Check a ledger: the file's integrity, every answer's length, and that no answer is there without its bill."""
     database, about = _open_existing(ledger)
     problems = [line for (line,) in database.execute("PRAGMA integrity_check") if line != "ok"]
@@ -325,30 +338,40 @@ def verify(ledger: str, /) -> None:
     print(f"{ledger}: {rows} answers, all whole and paid")
 
 
-def export(ledger: str, out: str, /) -> None:
+def export(ledger: _LEDGER, out: _OUT, /) -> None:
     """Write the answers to OUT: .npz (keys, answers), or .parquet (needs pyarrow)."""
     database, about = _open_existing(ledger)
-    keys, rows = zip(*database.execute("SELECT key, answer FROM answers ORDER BY id"), strict=True)
+    found = database.execute("SELECT key, answer FROM answers ORDER BY id").fetchall()
+    if not found:
+        raise Stop(f"{ledger}: no answers in it to export")
+    keys, rows = zip(*found, strict=True)
     answers = decode_answers(rows, _layout(about)).numpy()
     hexed = np.array([key.hex() for key in keys])
-    if out.endswith(".npz"):
-        np.savez_compressed(out, keys=hexed, answers=answers, classes=np.array(json.loads(about["classes"])))
-    elif out.endswith(".parquet"):
+
+    def write(file: BinaryIO) -> None:
+        if out.endswith(".npz"):
+            np.savez_compressed(file, keys=hexed, answers=answers, classes=np.array(json.loads(about["classes"])))
+        else:
+            table = pyarrow.table({"key": hexed, "answer": list(answers)}, metadata={k: str(v) for k, v in about.items()})
+            parquet.write_table(table, file)
+
+    if out.endswith(".parquet"):
         try:
             import pyarrow
             from pyarrow import parquet
         except ImportError:
             raise Stop("Parquet needs pyarrow: pip install pyarrow; or export to .npz") from None
-        table = pyarrow.table({"key": hexed, "answer": list(answers)}, metadata={k: str(v) for k, v in about.items()})
-        parquet.write_table(table, out)
-    else:
+    elif not out.endswith(".npz"):
         raise Stop(f"{out}: export to a file ending in .npz or .parquet")
-    print(f"{len(keys)} answers written to {out}")
+    write_atomically(out, write)
+    print(f"{len(rows)} answers written to {out}")
 
 
-def merge(into: str, other: str, /) -> int:
+def merge(into: _INTO, other: _OTHER, /) -> int:
     """Add the answers of OTHER to the ledger INTO. Both must be of one victim and surface; the bills add up."""
     (database, about), (_, theirs) = _open_existing(into), _open_existing(other)
+    if Path(into).samefile(other):
+        raise Stop(f"{into} and {other} are one file; its answers are paid for once")
     for name in ("victim", "fingerprint", "answers", "decimals", "classes"):
         if about[name] != theirs[name]:
             raise Stop(f"{into} and {other} differ in {name}: {about[name][:60]} and {theirs[name][:60]}")
@@ -367,7 +390,6 @@ def merge(into: str, other: str, /) -> int:
 
 
 if __name__ == "__main__":
-    import tyro
-
+    about = dict(prog="python -m extraction.ledger", description="Look into ledgers of paid answers.")
     commands = {"count": count, "list": show, "verify": verify, "export": export, "merge": merge}
-    run_tool(lambda: tyro.extras.subcommand_cli_from_dict(commands, description="Look into ledgers of paid answers."))
+    run_tool(lambda: tyro.extras.subcommand_cli_from_dict(commands, **about))

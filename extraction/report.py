@@ -1,16 +1,16 @@
 """What a run leaves for people: its results, its saved student, its curve and sheets of clips, and tables of results."""
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from torch import Tensor
 
 from extraction import processes
 from extraction.data.clips import report_broken
-from extraction.errors import BudgetExhausted
+from extraction.errors import BudgetExhausted, Stop, run_tool
 from extraction.evaluation import Referee
 from extraction.ledger import Ledger
 from extraction.runs import Run
@@ -94,11 +94,16 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def print_results(*runs: dict) -> dict:
-    """Print one table of the results of runs on the same held-out videos: victim, students, chance. Returns the last."""
+    """Print one table of the results of runs on the same held-out videos: victims, students, chance. Returns the last."""
     last = runs[-1]
     rows = [["% on held-out videos", "top-1", "top-5", "agreement@1", "agreement@5", "queries"]]
-    if last.get("victim_top1") is not None:
-        rows.append(["victim", percent(last["victim_top1"]), percent(last["victim_top5"]), "-", "-", "-"])
+    victims = dict.fromkeys(
+        (run["victim"], run["victim_fingerprint"], percent(run["victim_top1"]), percent(run["victim_top5"]))
+        for run in runs
+        if run.get("victim_top1") is not None
+    )
+    for name, fingerprint, *scores in victims:
+        rows.append(["victim" if len(victims) == 1 else f"victim, {name} ({fingerprint})", *scores, "-", "-", "-"])
     for run in runs:
         scores = [percent(run.get(name)) for name in ("top1", "top5", "agreement_at_1", "agreement_at_5")]
         rows.append([f"student, {run['experiment']}", *scores, str(count_queries(run))])
@@ -106,6 +111,41 @@ def print_results(*runs: dict) -> dict:
     rows.append(["chance", percent(chance), percent(min(1.0, 5 * chance)), percent(chance), percent(min(1.0, 5 * chance)), "-"])
     print("\n" + format_table(rows) + "\n")
     return last
+
+
+def read_results(folder: str | Path) -> dict:
+    """The results of a finished run. Raises Stop, in one line, for a folder without, or without a student in them."""
+    path = Path(folder) / "results.json"
+    try:
+        results = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise Stop(f"{folder} has no results.json: not a finished run") from None
+    except (OSError, ValueError) as error:
+        raise Stop(f"{path}: not readable, truncated perhaps ({error})") from None
+    if not isinstance(results, dict) or "student" not in results:
+        raise Stop(f"{folder}: no student in it; the table has runs of the attacks")
+    return results
+
+
+def tabulate(
+    folders: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="RUN ...", help="Folders of finished runs, a row each.", help_behavior_hint="(required)"),
+    ],
+) -> None:
+    """One table of several runs on the same held-out videos: their victims, their students, chance."""
+    if not folders:
+        raise Stop("name the folder of a run, or several: python -m extraction.report RUN ...")
+    runs = [read_results(folder) for folder in folders]
+    for folder, run in zip(folders, runs, strict=True):
+        for name in ("num_val_videos", "chance_top1"):
+            if run[name] != runs[0][name]:
+                raise Stop(
+                    f"{folders[0]} and {folder} differ in {name}: {runs[0][name]:.4g} and {run[name]:.4g}; "
+                    "only scores on the same held-out videos go into one table"
+                )
+    print_results(*runs)
 
 
 def draw_curve(path: str | Path, history: Sequence[dict], victim_top1: float | None, chance: float, title: str) -> None:
@@ -196,5 +236,5 @@ def _pyplot():
     return matplotlib.pyplot
 
 
-if __name__ == "__main__":  # python -m extraction.report RUN ...: one table of several runs
-    print_results(*(json.loads((Path(folder) / "results.json").read_text()) for folder in sys.argv[1:]))
+if __name__ == "__main__":
+    run_tool(lambda: tyro.cli(tabulate, prog="python -m extraction.report"))

@@ -46,9 +46,12 @@ class Run:
             raise Stop(f"cannot make {self.folder}: {error.strerror}; choose another --out-dir") from None
         self._refuse_other_constants()
         results = self.folder / "results.json"
-        finished = json.loads(results.read_text()) if results.exists() else None
-        if finished and finished["config"].get("query_budget") != self.config.get("query_budget"):
-            return None  # it stopped for want of budget, and goes on with another
+        if not results.exists():
+            return None
+        finished = json.loads(results.read_text())
+        before, now = finished["config"].get("query_budget"), self.config.get("query_budget")
+        if now != before and (now is None or now > finished["num_queries"]):
+            return None  # it stopped for want of budget, and goes on with a larger one
         return finished
 
     def begin(self) -> None:
@@ -141,6 +144,7 @@ class Run:
 
 
 def _to_json(value: Any) -> bytes:
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)  # other readers of JSON know no NaN
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
@@ -181,8 +185,16 @@ def check_at_least(config: Any, minimum: float, *names: str) -> None:
     """Raise Stop for the first of the named constants that is below `minimum`."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and value < minimum:
+        if value is not None and not value >= minimum:  # NaN is not either
             raise Stop(f"--{name.replace('_', '-')} {value}: it must be at least {minimum}")
+
+
+def check_at_most(config: Any, maximum: float, *names: str) -> None:
+    """Raise Stop for the first of the named constants that is above `maximum`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value <= maximum:
+            raise Stop(f"--{name.replace('_', '-')} {value}: it must be at most {maximum}")
 
 
 def set_seed(seed: int) -> None:
@@ -205,7 +217,8 @@ def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None
     try:
         config = tyro.cli(config_class, default=default, description=doc)
         if "OMP_NUM_THREADS" not in os.environ:  # threads beside the loader's workers, not against them: that halves the rate
-            torch.set_num_threads(max(1, torch.get_num_threads() - getattr(config, "num_workers", 0)))
+            threads = torch.get_num_threads()
+            torch.set_num_threads(max(1, threads - min(getattr(config, "num_workers", 0), threads // 2)))
         processes.start(getattr(config, "device", "auto"))
         main(config)
         processes.end()

@@ -1,17 +1,60 @@
 """What every attack starts from: the victim's door with its ledger, and a referee on held-out clips."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from extraction.backend import Backend
 from extraction.data.clips import Clips
 from extraction.data.folders import find_videos, require_folder
-from extraction.errors import Stop
+from extraction.errors import BudgetExhausted, Stop
 from extraction.evaluation import Referee
+from extraction.generators import GENERATORS
 from extraction.ledger import Ledger
+from extraction.report import print_results
 from extraction.runs import Run
-from extraction.students import Student, load_student
+from extraction.students import Student, load_student, require_student
 from extraction.victims import Victim, load_model
+
+
+def require_inputs(config: Any, stage: bool = False) -> None:
+    """Raise Stop for a student that is none and for files of `config` that are missing, before the work of a run begins.
+
+    A `stage` goes on from the student that an earlier one saved.
+    """
+    require_student(config.student)
+    if config.student_weights is not None and not Path(config.student_weights).is_file():
+        instead = (
+            "this stage goes on from the one before; run that first, or give another file"
+            if stage
+            else "put them there, or pass --student-weights None to start from nothing"
+        )
+        raise Stop(f"student weights {config.student_weights} not found: {instead}")
+    require_lists(config)
+
+
+def require_lists(config: Any) -> None:
+    """Raise Stop for a list of videos that is missing."""
+    for name in ("own_list", "data_list", "val_list"):
+        listing = getattr(config, name, None)
+        if listing is not None and not Path(re.sub(r":\d+$", "", listing)).exists():  # HMDB51's folder has a number after it
+            raise Stop(f"list {listing} not found: --{name.replace('_', '-')} names the videos to use")
+
+
+def require_generator(name: str) -> None:
+    """Raise Stop when no generator that can learn is called so."""
+    learning = [known for known in GENERATORS if known != "noise"]
+    if name not in learning:
+        raise Stop(f"no generator that learns is called {name!r}; there are {', '.join(learning)}")
+
+
+def repeat_results(results: dict) -> dict:
+    """Print the table of a run that has ended. Raises BudgetExhausted, as it did then, when the query budget ended it."""
+    print_results(results)
+    if results["stopped"] not in ("epochs", "iterations"):
+        raise BudgetExhausted(results["stopped"])
+    return results
 
 
 def open_setting(
@@ -30,6 +73,7 @@ def open_setting(
     size: int,
     batch_size: int,
     num_workers: int,
+    decimals: int | None = None,
     exact: bool = False,
 ) -> tuple[Ledger, Referee]:
     """Open the metered, answers-only victim of `run`, and the referee that scores students on the videos of `val`.
@@ -41,9 +85,10 @@ def open_setting(
     require_folder(val, "held-out labelled videos of the victim's task, in class folders,")
     ledger = Ledger(
         run.folder / "ledger.sqlite",
-        lambda spent: Victim(backend.place(load_model(victim, victim_weights)), answers, query_budget, num_queries=spent),
+        lambda spent: Victim(backend.place(load_model(victim, victim_weights)), answers, query_budget, decimals, spent),
         answers,
-        exact=exact,
+        decimals,
+        exact,
     )
     videos = find_videos(val, ledger.classes, "val", val_list)
     clips = Clips(videos, num_frames=num_frames, stride=stride, size=size, views=(1, 1))
@@ -73,8 +118,6 @@ def load_stage(name: str, weights: str | Path, classes: Sequence[str], backend: 
 
     Raises Stop when the file is missing, holds another student, or was made for other classes than the victim's.
     """
-    if not Path(weights).is_file():
-        raise Stop(f"student {weights} not found: this stage goes on from the one before; run that first, or give another file")
     student, about = load_student(name, weights)
     if tuple(about.get("classes", ())) != tuple(classes):
         raise Stop(f"{weights}: a student of {student.num_classes} other classes than the victim's {len(classes)}")

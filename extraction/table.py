@@ -1,6 +1,5 @@
 """Many experiments one after the other, and the table of what came out, as Markdown and as a picture."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,12 +8,14 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from extraction.errors import Stop
-from extraction.report import count_queries, draw_bars
+from extraction.report import count_queries, draw_bars, read_results
 from extraction.weights import write_atomically
+
+PROJECT = Path(__file__).parents[1]
 
 
 class Experiment(NamedTuple):
-    """A row of the table: a script and its flags, where `{runs}` stands for the folder of this seed's runs."""
+    """A row of the table: a script of the project and its flags, where `{runs}` stands for the folder of this seed's runs."""
 
     name: str  # of its run folder
     script: str
@@ -31,6 +32,8 @@ def run_all(
     names the experiments to take. Raises Stop for a name that is none, and at the end, with their names, when experiments
     failed; the others are in the table all the same.
     """
+    if not seeds:
+        raise Stop("--seeds: name at least one")
     unknown = set(only) - {experiment.name for experiment in experiments}
     if unknown:
         raise Stop(f"no experiment is called {min(unknown)}; there are {', '.join(e.name for e in experiments)}")
@@ -42,14 +45,18 @@ def run_all(
             if (runs / name / "results.json").is_file():
                 continue
             print(f"\n[seed {seed}, {number} of {len(experiments)}] {script} {' '.join(flags)}", flush=True)
-            given = [flag.replace("{runs}", str(runs)) for flag in flags]
-            command = [sys.executable, script, *(["--demo"] if demo else []), "--out-dir", runs / name, "--seed", seed, *given]
+            given = [*(["--demo"] if demo else []), *(flag.replace("{runs}", str(runs)) for flag in flags)]
+            command = [sys.executable, PROJECT / script, "--out-dir", runs / name, "--seed", seed, *given]
             if subprocess.run([str(part) for part in command]).returncode:
                 failed.append(f"{name} (seed {seed})")
-    table = write_table(experiments, out_dir, seeds)
+    failure = f"failed: {', '.join(failed)}; run the same again to try these once more"
+    try:
+        table = write_table(experiments, out_dir, seeds)
+    except Stop as error:
+        raise Stop(f"{error}; {failure}" if failed else str(error)) from None
     print(f"\n{table}\nin {out_dir}/table.md and table.png")
     if failed:
-        raise Stop(f"failed: {', '.join(failed)}; run the same again to try these once more")
+        raise Stop(failure)
     return table
 
 
@@ -93,8 +100,7 @@ def write_table(experiments: Sequence[Experiment], out_dir: str | Path, seeds: S
 
 
 def _read(folder: Path) -> dict | None:
-    path = folder / "results.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_results(folder) if (folder / "results.json").is_file() else None
 
 
 def _spread(values: Sequence[float], digits: int = 1) -> str:

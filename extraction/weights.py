@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from extraction.errors import Stop
 from extraction.processes import is_first
 
-_CONVERT = (
-    "convert it once in a throw-away environment that you trust with it: "
+_PICKLED = (
+    "not a weight file, or pickled code (a whole module?), which is never run here; "
+    "if code, convert it once in a throw-away environment that you trust with it: "
     "torch.save(torch.load(OLD, weights_only=False).state_dict(), NEW)"
 )
 
@@ -29,7 +30,7 @@ def read_checkpoint(path: str | Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise Stop(f"{path}: holds pickled code (a whole module?), which is never run here; {_CONVERT}") from None
+        raise Stop(f"{path}: {_PICKLED}") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise Stop(f"{path}: not a readable weight file, truncated perhaps ({_first_line(error)})") from None
 
@@ -99,8 +100,8 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], about: Mapping[s
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file, fsync, rename: at `path` there is the old file or the whole new one, whatever happens.
 
-    Raises Stop, in one line, when the disk is full or the folder read-only; the old file is then untouched. Of several
-    processes the first one writes.
+    Raises Stop, in one line, when the disk is full or the folder missing or read-only; the old file is then untouched. Of
+    several processes the first one writes.
     """
     if not is_first():
         return
@@ -120,6 +121,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             partial.unlink()
+        if not path.parent.is_dir():
+            raise Stop(f"cannot write {path}: folder {path.parent} is not there") from None
         raise Stop(
             f"cannot write {path}: {_first_line(error)}; make room (or choose another --out-dir), then run the same again"
         ) from None

@@ -49,11 +49,13 @@ class Config:
     """Height and width of a clip; by default what the victim was trained on, else 224."""
     batch_size: int = 16
     device: str = "auto"
+    """auto, cpu, cuda, or cuda:1 and so on; auto is a GPU if there is one."""
     precision: str = "auto"
     """fp32, bf16, or auto: bf16 on a GPU."""
     compile: str = "auto"
     """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 8
+    """Processes that decode, one for each core at most."""
     out_dir: str = "runs/eval_teacher"
     """Where the per-class table goes, named after the victim."""
     demo: bool = False

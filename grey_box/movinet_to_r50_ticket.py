@@ -25,9 +25,9 @@ from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, require_folder
 from extraction.distill import distill
 from extraction.pruning import Masks, count_sparsity, create_masks, hold, prune_globally, schedule_sparsities
-from extraction.report import draw_curves, finish, print_results
-from extraction.runs import Run, check_at_least, run_script, set_seed
-from extraction.setting import load_stage, open_setting
+from extraction.report import draw_curves, finish
+from extraction.runs import Run, check_at_least, check_at_most, run_script, set_seed
+from extraction.setting import load_stage, open_setting, repeat_results, require_inputs
 from extraction.weights import save_weights
 
 
@@ -38,6 +38,7 @@ class Config:
     victim_weights: str | None = None
     """Weight file of the victim; by default its usual place under weights/."""
     student: str = "resnet50"
+    """The student's network: an unknown name lists them."""
     student_weights: str = "runs/movinet_to_r50_finetune/student.safetensors"
     """What the stage before saved."""
     own: str = "datasets/kinetics600_5per"
@@ -47,13 +48,16 @@ class Config:
     val: str = "datasets/kinetics600_val"
     """Held-out labelled videos that score the student."""
     val_list: str | None = None
+    """Use only the videos of --val that this list names."""
     min_victim_top1: float | None = None
-    """Stop unless the victim is at least so good on --val; by default three times chance, 0 switches it off."""
+    """Stop unless the victim's top-1 on --val is at least this, a fraction (0.3); by default 3 times chance, 0: off."""
     num_frames: int = 32
     stride: int = 1
+    """A clip takes one of so many frames of a video: 2 is every other one."""
     step: int = 32
     """A new clip every so many frames."""
     size: int = 224
+    """Height and width of the clips."""
     target_sparsity: float = 0.5
     """The share of weights (all but head, biases and norms) that is pruned in the end."""
     round_fraction: float = 0.2
@@ -64,18 +68,26 @@ class Config:
     """How long the ticket trains in the end."""
     batch_size: int = 16
     head_lr: float = 3e-5
+    """Learning rate of the student's head, its last layer (AdamW)."""
     body_lr: float = 3e-6
+    """Learning rate of the layers below the head."""
     hflip: float = 0.5
+    """Share of the views that are mirrored, 0 to 1."""
     brightness: float = 0.1
+    """How far the brightness of a view is changed, 0 to 1: 0.1 is 10 % up or down at most."""
     rotation: float = 15.0
+    """How far a view is turned, in degrees either way at most."""
     seed: int = 0
     device: str = "auto"
+    """auto, cpu, cuda, or cuda:1 and so on; auto is a GPU if there is one."""
     precision: str = "auto"
     """fp32, bf16, or auto: bf16 on a GPU."""
     compile: str = "auto"
     """on, off, or auto: on a GPU, in a long run."""
     num_workers: int = 8
+    """Processes that decode, one for each core at most."""
     checkpoint_seconds: float = 300.0
+    """Seconds between checkpoints, from which an interrupted run goes on."""
     out_dir: str = "runs/movinet_to_r50_ticket"
     demo: bool = False
     """Run on the embedded demo set: a few minutes on two CPU cores."""
@@ -92,14 +104,17 @@ DEMO = dict(
 
 def main(config: Config) -> dict:
     check_at_least(config, 1, "epochs", "batch_size", "num_frames", "stride", "step", "size", "round_epochs")
+    check_at_least(config, 0, "head_lr", "body_lr", "num_workers", "hflip", "brightness", "rotation")
+    check_at_most(config, 1, "hflip", "brightness")
     sparsities = schedule_sparsities(config.round_fraction, config.target_sparsity)
+    require_inputs(config, stage=True)
     if config.demo:
         write_demo_set("datasets/demo")
     backend = choose_backend(config.device, config.precision, config.compile)
     require_folder(config.own, "5 % of Kinetics-600's training set, in class folders,")
     run = Run("movinet_to_r50_ticket", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
-        return print_results(run.finished)
+        return repeat_results(run.finished)
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
     victim, referee = open_setting(
         run, backend, victim=config.victim, victim_weights=config.victim_weights, answers="label", query_budget=0,

@@ -165,6 +165,7 @@ def test_mutations_of_real_videos_raise_nothing_else_and_leak_nothing(tmp_path, 
         (lambda p: None, read_state, "not found"),
         (lambda p: p.write_bytes(b""), read_state, "not a readable weight file|pickled code"),
         (lambda p: p.write_bytes(b"hello" * 99), read_state, "pickled code|not a readable weight file"),
+        (lambda p: p.write_text("# A model\n"), read_state, "not a weight file, or pickled code"),
         (lambda p: torch.save({"epoch": 3}, p), read_state, "not a state dict"),
         (lambda p: torch.save([1, 2], p), read_state, "not a state dict"),
         (lambda p: torch.save(torch.nn.Linear(1, 1), p), read_state, "whole module.* convert it once"),
@@ -186,6 +187,11 @@ def test_truncated_safetensors(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(Stop, match="truncated"):
         read_state(path)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(Stop, match=r"cannot write .*w.safetensors: folder .*nowhere is not there$"):
+        save_weights(tmp_path / "nowhere" / "w.safetensors", {"a": torch.zeros(1)}, {})
 
 
 def test_impossible_shapes_and_devices():
@@ -212,7 +218,13 @@ def test_a_folder_that_cannot_be_written(demo_set):
 
 @pytest.mark.parametrize(
     "command",
-    [["ledger", "count"], ["data.subsets", "--out", "list.txt"], ["data.transcode", "out"], ["victims.movinet", "out"]],
+    [
+        ["ledger", "count"],
+        ["data.subsets", "--out", "list.txt"],
+        ["data.transcode", "out"],
+        ["victims.movinet", "out"],
+        ["report"],
+    ],
 )
 def test_a_tool_ends_with_one_line(command, tmp_path):
     tool, *given = command
@@ -222,3 +234,4 @@ def test_a_tool_ends_with_one_line(command, tmp_path):
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"{tool.split('.')[-1]}: ")
     assert "nowhere" in done.stderr
+    assert "--demo" not in done.stderr

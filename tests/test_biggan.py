@@ -16,6 +16,7 @@ from extraction.biggan import PUBLISHED, BigGAN, Shape, create_demo_biggan, fold
 from extraction.data.images import Layer, Paths
 from extraction.embeddings import Codes, Sampling, code_size, find_codes, sample_clips
 from extraction.errors import BudgetExhausted, Stop
+from extraction.weights import save_weights
 
 SMALL = Shape(16, 16, 10, ((True, 16, 8), (True, 8, 4), (True, 4, 2), (False, 2, 1)), attention=2)
 KEYS = [bytes([k]) * 16 for k in range(12)]
@@ -286,6 +287,23 @@ def test_scripts_bill_as_their_docstring_says(script, demo_set, tmp_path):
     assert results["num_queries"] == 40 + 6 * steps + 12 * 2 * 2 == ledger.count(str(tmp_path / "run" / "ledger.sqlite"))
     assert results["unreached"] == [entry["class"] for entry in results["search"] if entry["confidence"] <= 0.9]
     assert len(results["unreached"]) < 12
+
+
+def test_a_budget_that_ends_in_the_search_leaves_a_student_and_says_that_it_is_untrained(demo_set, tmp_path):
+    config = small(biggan_with_swin, demo_set, tmp_path / "run", query_budget=20)
+    for _ in range(2):
+        with pytest.raises(BudgetExhausted, match=r"20 of 20 queries spent in the search for embeddings.*untrained"):
+            biggan_with_swin.main(config)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["num_queries"], results["history"][0]["loss"]) == (20, None)
+
+
+def test_weights_of_another_network_are_found_before_the_search_is_paid(demo_set, tmp_path):
+    save_weights(tmp_path / "other.safetensors", {"a": torch.zeros(1)}, {})
+    config = small(biggan_with_swin, demo_set, tmp_path / "run", student_weights=str(tmp_path / "other.safetensors"))
+    with pytest.raises(Stop, match=r"other\.safetensors"):
+        biggan_with_swin.main(config)
+    assert ledger.count(str(tmp_path / "run" / "ledger.sqlite")) == 0
 
 
 @pytest.mark.slow

@@ -478,7 +478,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(configure):
     ("module", "change", "line"),
     [
         (attack_video_swin, dict(method="dfme", answers="label"), "--answers label: dfme needs one of logits, probs"),
-        (attack_video_swin, dict(generator="gan"), "no generator is called 'gan'"),
+        (attack_video_swin, dict(generator="gan"), "no generator that learns is called 'gan'"),
+        (attack_video_swin, dict(generator="noise"), "no generator that learns is called 'noise'; there are dvdgan"),
         (attack_video_swin, dict(generator="dvdgan", size=50), "--size of generated clips must be"),
         (attack_video_swin, dict(student_steps=0), "--student-steps 0: it must be at least 1"),
         (attack_video_swin, dict(schedule="linear"), "no schedule is called 'linear'; there are cosine, steps"),

@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 
 import eval_only
+from extraction.data.clips import count_cores, load_batches
 from extraction.distill import answers_to_targets, distillation_loss
 from extraction.errors import BudgetExhausted, Stop
-from extraction.weights import read_state
+from extraction.ledger import Ledger
+from extraction.students import create_student
+from extraction.victims import load_victim
+from extraction.weights import read_state, save_weights
 from grey_box import labels_only, swin_to_r21_kd
 
 
@@ -66,7 +70,7 @@ def test_a_gpu_trains_resumes_and_pays_the_same(config):
     assert swin_to_r21_kd.main(on_gpu)["num_queries"] == 2 * 76
 
 
-def test_the_budget_is_never_passed_and_the_student_is_saved(config, tmp_path):
+def test_the_budget_is_never_passed_and_the_student_is_saved(config, tmp_path, capsys):
     short = dataclasses.replace(config, query_budget=2 * 76 - 1)
     with pytest.raises(BudgetExhausted, match="query budget exhausted: 151 of 151 queries spent in epoch 2 of 2"):
         swin_to_r21_kd.main(short)
@@ -74,12 +78,52 @@ def test_the_budget_is_never_passed_and_the_student_is_saved(config, tmp_path):
     assert results["num_queries"] == 151
     assert results["top1"] >= 0
     eval_only.main(eval_only.Config("r2plus1d_tiny", f"{config.out_dir}/student.safetensors", config.val, num_workers=0))
+    for budget in (151, 30):  # the same command again, and one that leaves still less: the same table, the same line
+        capsys.readouterr()
+        with pytest.raises(BudgetExhausted, match="query budget exhausted: 151 of 151 queries spent in epoch 2 of 2"):
+            swin_to_r21_kd.main(dataclasses.replace(config, query_budget=budget))
+        assert f"{100 * results['top1']:.1f}" in capsys.readouterr().out
+        assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     # A larger budget goes on from there, to where an unlimited run would have come.
     whole = dataclasses.replace(config, query_budget=2 * 76)
     assert swin_to_r21_kd.main(whole)["num_queries"] == 152
     free = dataclasses.replace(config, out_dir=str(tmp_path / "free"))
     swin_to_r21_kd.main(free)
     assert equal(weights_of(whole), weights_of(free))
+
+
+def test_a_student_that_was_never_trained_has_no_loss(config, tmp_path):
+    with pytest.raises(BudgetExhausted, match="0 of 0 queries"):
+        swin_to_r21_kd.main(dataclasses.replace(config, query_budget=0))
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    results = json.loads((tmp_path / "run" / "results.json").read_text(), parse_constant=refuse)
+    assert results["history"][0]["loss"] is None
+
+
+def test_no_more_workers_than_cores(recwarn):
+    assert load_batches([], [], 10**3).num_workers == count_cores()
+    assert load_batches([], [], 1).num_workers == 1
+    assert not recwarn.list
+
+
+def test_eval_only_checks_the_class_list_and_keeps_both_tables(demo_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_only, "write_demo_set", lambda *_, **__: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "datasets").mkdir()
+    for name in ("demo", "demo_unseen"):
+        (tmp_path / "datasets" / name).symlink_to(demo_set)
+    classes = sorted(folder.name for folder in (demo_set / "val").iterdir())
+    about = dict(student="r2plus1d_tiny", classes=classes, num_frames=8, stride=1, size=32)
+    save_weights("student.safetensors", create_student("r2plus1d_tiny", 12).net.state_dict(), about)
+    plain = eval_only.Config(**eval_only.DEMO | dict(weights="student.safetensors", num_workers=0, device="cpu"))
+    for config in (plain, dataclasses.replace(plain, unseen=True)):
+        eval_only.main(config)
+    assert {path.name for path in tmp_path.glob("*.csv")} == {"student.classes.csv", "student.unseen.classes.csv"}
+    with pytest.raises(Stop, match="--classes nothere: neither one of k400, k600 nor a file"):
+        eval_only.main(dataclasses.replace(plain, classes="nothere"))
 
 
 def test_views_per_clip_bounds_the_queries(config):
@@ -152,6 +196,18 @@ def test_bad_constants_get_one_line(config, change, line):
     with pytest.raises(Stop, match=line) as caught:
         swin_to_r21_kd.main(dataclasses.replace(config, **change))
     assert "\n" not in str(caught.value)
+
+
+def test_rounded_answers_are_what_the_student_learns_from(config, tmp_path):
+    swin_to_r21_kd.main(dataclasses.replace(config, epochs=1, decimals=1))
+    kept = Ledger(tmp_path / "run" / "ledger.sqlite", lambda spent: load_victim("demo_swin", decimals=1), "probs", 1)
+    answers = kept.query(torch.zeros(76, 3, 16, 48, 48), [key for key, _ in kept])
+    assert set((10 * answers).round().int().flatten().tolist()) > {0, 10}
+    assert torch.equal(answers, answers.round(decimals=1))
+    with pytest.raises(Stop, match="keeps decimals 1, this run wants 2"):
+        Ledger(tmp_path / "run" / "ledger.sqlite", lambda spent: load_victim("demo_swin", decimals=2), "probs", 2)
+    with pytest.raises(Stop, match="--decimals 10: it must be from 0 to 9"):
+        swin_to_r21_kd.main(dataclasses.replace(config, decimals=10, out_dir=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize("answers", ["logits", "top5", "label"])

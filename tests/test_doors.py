@@ -5,6 +5,8 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -511,6 +513,56 @@ def test_eval_teacher_stops_in_one_line_without_weights():
     assert done.returncode == 1
     assert done.stderr.startswith("eval_teacher.py: victim weights weights/movinet_a2_base not found")
     assert done.stderr.count("\n") == 1
+
+
+EXPERIMENTS = [
+    f"{folder}.{path.stem}"
+    for folder in ("grey_box", "black_box")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if path.stem not in ("__init__", "run_all", "eval_teacher")
+]
+MISSING = dict(student="nonsense", student_weights="a.pth", own_list="own.txt", val_list="val.txt", generator="gan")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_missing_name_or_file_is_found_before_anything_is_made_or_asked(name, tmp_path, monkeypatch):
+    script = import_module(name)
+    monkeypatch.chdir(tmp_path)
+    fields = [field for field in MISSING if hasattr(script.Config, field)]
+    assert {"student", "student_weights", "val_list"} <= set(fields)
+    for field in fields:
+        constants = script.DEMO | {"student_weights": __file__, field: MISSING[field], "out_dir": "run"}
+        with pytest.raises(Stop, match=MISSING[field]) as caught:
+            script.main(script.Config(**constants))
+        assert "\n" not in str(caught.value)
+        assert list(tmp_path.iterdir()) == []
+
+
+WRONG = dict(
+    batch_size=0, size=0, num_workers=-1, head_lr=-1.0, body_lr=-1.0, lr=-1.0, student_lr=float("nan"), generator_lr=-1.0,
+    weight_decay=-1.0, hflip=3.0, brightness=3.0, rotation=-1.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*EXPERIMENTS, "grey_box.eval_teacher", "eval_only", "train_victim"])
+def test_constants_out_of_their_range_get_one_line(name, tmp_path, monkeypatch):
+    script = import_module(name)
+    monkeypatch.chdir(tmp_path)
+    config = script.Config(**script.DEMO)
+    for field in WRONG.keys() & vars(config).keys():
+        line = f"--{field.replace('_', '-')} {WRONG[field]}: it must be at {'most 1' if WRONG[field] == 3 else 'least'}"
+        with pytest.raises(Stop, match=line):
+            script.main(replace(config, **{field: WRONG[field]}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_architecture_that_is_none_is_found_before_videos_are_looked_at(demo_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_victim, "Clips", None)
+    config = train_victim.Config(str(demo_set / "val"), architecture="nonsense", device="cpu", out_dir=str(tmp_path))
+    with pytest.raises(Stop, match="no architecture is called 'nonsense'"):
+        train_victim.main(config)
+    with pytest.raises(Stop, match=r"list nothere\.txt not found: --data-list"):
+        train_victim.main(replace(config, data_list="nothere.txt"))
 
 
 BLACK_BOX = ("conditional_gan_with", "stacked_images_with", "biggan_with")

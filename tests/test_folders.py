@@ -293,7 +293,12 @@ def test_subset_of_a_kinetics_csv(kinetics, tmp_path):
     ("spoil", "options", "line"),
     [
         (lambda root: (root / "train" / "nothing here").mkdir(), {}, "no video in class 'nothing here'"),
-        (lambda root: touch(root, "val/a/x.mp4"), {"split": None}, "train, val are halves, not classes; pass --split"),
+        (lambda root: touch(root, "val/a/x.mp4"), {"split": None}, r"halves in it \(train, val\); pass --split"),
+        (
+            lambda root: touch(root, "val/a/x.mp4", "images/no.jpg"),
+            {"split": "test"},
+            r"halves in it \(train, val\); .* has no test half",
+        ),
         (lambda root: (root / "l.txt").write_text("loose.mp4\n"), {"listing": "l.txt"}, "1 of its 1 files missing"),
         (lambda root: None, {"share": 0.0}, "--share 0.0"),
         (lambda root: None, {"share": 5.0}, "--share 5.0"),

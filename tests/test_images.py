@@ -13,6 +13,7 @@ from black_box import natural_images_label_only, stacked_images_with_movinet, st
 from extraction import ledger
 from extraction.data.images import Images, Layer, Paths, create_clips, draw_texture, read_image, write_demo_images
 from extraction.errors import BudgetExhausted, Stop
+from extraction.weights import save_weights
 
 TWO = Paths(16, stacked_images_with_swin.DEMO["layers"])
 ONE = Paths(16)
@@ -205,6 +206,13 @@ def test_label_only_bills_as_its_docstring_says_and_trains_on_a_balanced_set(lab
         assert len(own) == min(8, 2 * count)
         assert len(set(own)) == count
     assert [point["num_queries"] for point in results["history"]] == [results["num_queries"]] * 2  # training asks nothing
+
+
+def test_weights_of_another_network_are_found_before_the_search_is_paid(label_only, tmp_path):
+    save_weights(tmp_path / "other.safetensors", {"a": torch.zeros(1)}, {})
+    with pytest.raises(Stop, match=r"other\.safetensors"):
+        natural_images_label_only.main(dataclasses.replace(label_only, student_weights=str(tmp_path / "other.safetensors")))
+    assert ledger.count(str(tmp_path / "run" / "ledger.sqlite")) == 0
 
 
 @pytest.mark.slow

@@ -89,6 +89,48 @@ def test_answers_serve_only_the_surface_they_were_bought_at(tmp_path, clips):
         open_ledger(tmp_path / "r.sqlite", "probs")
 
 
+def test_nothing_paid_binds_nobody(tmp_path, clips):
+    """Only what is paid for ties a file to a victim; the referee's answers of another one must not stay, though."""
+    path = tmp_path / "l.sqlite"
+    probs = torch.full((1, 12), 1 / 12)
+    first = open_ledger(path, "label", decimals=None)
+    first.referee_answers([b"clip"], lambda: probs)
+    first.close()
+    same = open_ledger(path, "probs", decimals=2)  # the same victim through another door
+    torch.testing.assert_close(same.referee_answers([b"clip"], lambda: pytest.fail("it was kept")), probs, rtol=1e-3, atol=0)
+    same.close()
+    other = Ledger(path, lambda spent: load_victim("demo_movinet", num_queries=spent), "probs")
+    other_probs = torch.eye(12)[:1]
+    assert torch.equal(other.referee_answers([b"clip"], lambda: other_probs), other_probs)
+    assert (other.victim, other.num_queries, len(other)) == ("demo_movinet", 0, 0)
+    other.query(clips, KEYS)
+    other.close()
+    with pytest.raises(Stop, match=r"keeps victim demo_movinet .*, this run wants demo_swin"):
+        open_ledger(path)
+    again = Ledger(path, lambda spent: load_victim("demo_movinet", num_queries=spent), "probs")
+    assert (again.num_queries, len(again)) == (5, 5)
+
+
+def test_what_was_paid_for_and_forgotten_binds(tmp_path, clips):
+    ledger = open_ledger(tmp_path / "l.sqlite")
+    ledger.query(clips, KEYS)
+    ledger.forget(b"\xff")
+    assert (len(ledger), ledger.num_queries) == (0, 5)
+    ledger.close()
+    with pytest.raises(Stop, match="keeps answers probs, this run wants label"):
+        open_ledger(tmp_path / "l.sqlite", "label")
+
+
+def test_a_run_that_pays_nothing_goes_on_without_the_victim(tmp_path):
+    probs = torch.full((1, 12), 1 / 12)
+    ledger = open_ledger(tmp_path / "l.sqlite")
+    ledger.referee_answers([b"clip"], lambda: probs)
+    ledger.close()
+    again = without_weights(tmp_path / "l.sqlite")
+    assert (again.victim, again.num_classes) == ("demo_swin", 12)
+    again.referee_answers([b"clip"], lambda: pytest.fail("it was kept"))
+
+
 def test_a_file_that_is_no_ledger_gets_one_line(tmp_path):
     (tmp_path / "l.sqlite").write_bytes(b"something else" * 1000)
     with pytest.raises(Stop, match=r"cannot open .*l.sqlite: file is not a database"):
@@ -150,6 +192,31 @@ def test_the_tool_counts_verifies_exports_and_merges(tmp_path, clips, capsys):
         ledger_module.merge(str(second), str(tmp_path / "labels.sqlite"))
     with pytest.raises(Stop, match="not found"):
         ledger_module.count(str(tmp_path / "none.sqlite"))
+
+
+def test_a_ledger_is_not_merged_with_itself(tmp_path, clips):
+    path, link = tmp_path / "l.sqlite", tmp_path / "link.sqlite"
+    open_ledger(path).query(clips, KEYS)
+    link.symlink_to(path)
+    for other in (path, link):
+        with pytest.raises(Stop, match="are one file"):
+            ledger_module.merge(str(path), str(other))
+    ledger_module.verify(str(path))
+    assert open_ledger(path).num_queries == 5
+
+
+def test_what_cannot_be_exported_gets_one_line_and_leaves_nothing(tmp_path, clips):
+    path, out = tmp_path / "l.sqlite", tmp_path / "l.npz"
+    ledger = open_ledger(path)
+    with pytest.raises(Stop, match=r"l.sqlite: no answers in it to export"):
+        ledger_module.export(str(path), str(out))
+    ledger.query(clips, KEYS)
+    with pytest.raises(Stop, match=r"folder .*nowhere is not there") as caught:
+        ledger_module.export(str(path), str(tmp_path / "nowhere" / "l.npz"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(Stop, match=r"ending in .npz or .parquet"):
+        ledger_module.export(str(path), str(tmp_path / "l.csv"))
+    assert not [file for file in tmp_path.iterdir() if not file.name.startswith("l.sqlite")]
 
 
 @pytest.mark.slow

@@ -408,12 +408,14 @@ def test_a_process_of_two_models_names_its_head_otherwise(demo, tmp_path):
     assert_same_state(load_movinet_state(tmp_path / "w.npz", "demo"), model.state_dict())
 
 
-def test_converts_once_to_safetensors(demo, tmp_path):
+def test_converts_once_to_safetensors(demo, tmp_path, capsys):
     model, arrays = demo
     np.savez(tmp_path / "w.npz", **old_names(arrays))
     out = tmp_path / "w.safetensors"
     seed = torch.get_rng_state()
     movinet.convert(tmp_path / "w.npz", out, "demo")
+    count = sum(tensor.numel() for tensor in model.state_dict().values())
+    assert capsys.readouterr().out.startswith(f"{out}: {count} weights of MoViNet-DEMO, ")
     assert_same_state(load_movinet_state(out, "demo"), model.state_dict())
     assert read_metadata(out) == {"architecture": "movinet_demo"}
     assert torch.equal(torch.get_rng_state(), seed)  # loading draws no random numbers of the caller's

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from extraction import table as table_module
 from extraction.errors import Stop
-from extraction.table import Experiment, run_all
+from extraction.table import Experiment, run_all, write_table
 
 SCRIPT = """
 import json, pathlib, sys
@@ -59,7 +60,32 @@ def test_a_failure_is_named_and_only_what_is_missing_runs_again(experiments, tmp
 
 def test_no_results_at_all_is_one_line(tmp_path):
     with pytest.raises(Stop, match="no experiment has left results"):
-        run_all([Experiment("none", "nowhere.py", "-")], tmp_path, False, (0,))
+        write_table([Experiment("none", "nowhere.py", "-")], tmp_path, (0,))
+    with pytest.raises(Stop, match="--seeds: name at least one"):
+        run_all([Experiment("none", "nowhere.py", "-")], tmp_path, False, ())
+
+
+def test_when_everything_fails_all_are_named(experiments, tmp_path):
+    never = [Experiment(name, experiments[0].script, "-", ("--fail", str(tmp_path / "never"))) for name in ("one", "two")]
+    with pytest.raises(Stop, match=r"no experiment has left results there; failed: one \(seed 3\), two \(seed 3\)") as caught:
+        run_all(never, tmp_path / "runs", False, (3,))
+    assert "\n" not in str(caught.value)
+
+
+def test_scripts_are_the_projects_wherever_one_stands(experiments, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(table_module, "PROJECT", tmp_path)
+    run_all([Experiment("one", "script.py", "-")], "runs", False, (0,))
+    assert (tmp_path / "elsewhere" / "runs" / "seed_0" / "one" / "results.json").is_file()
+
+
+def test_results_cut_short_get_one_line(experiments, tmp_path):
+    run_all(experiments[:1], tmp_path, False, (0,))
+    results = tmp_path / "seed_0" / "first" / "results.json"
+    results.write_text(results.read_text()[:50])
+    with pytest.raises(Stop, match=r"results.json: not readable, truncated perhaps"):
+        run_all(experiments[:1], tmp_path, False, (0,))
 
 
 def test_the_tables_name_scripts_that_exist():
@@ -69,6 +95,7 @@ def test_the_tables_name_scripts_that_exist():
     from grey_box.run_all import list_experiments
 
     root = Path(__file__).parents[1]
+    assert root == table_module.PROJECT
     scripts = {e.script for e in list_experiments(True)} | {f"black_box/{name}.py" for name in PUBLISHED}
     present = {str(p.relative_to(root)) for folder in ("grey_box", "black_box") for p in (root / folder).glob("*.py")}
     assert scripts == present - {"grey_box/run_all.py", "black_box/run_all.py", "grey_box/eval_teacher.py"}

@@ -292,14 +292,20 @@ def collate(items: list[tuple[int, np.ndarray | str]]) -> Batch:
     return Batch([index for index, _ in good], clips, [(index, clip) for index, clip in items if isinstance(clip, str)])
 
 
+def count_cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def load_batches(
     dataset: Dataset, batches: Sequence[Sequence[int]], num_workers: int, pin_memory: bool = False, prefetch: int = 2
 ) -> DataLoader:
     """A loader that yields one `Batch` for each list of indices in `batches`, in order, decoded in `num_workers` processes.
 
-    Each process is up to `prefetch` batches ahead; more than 2 is not faster (`benchmarks/loader.py`), and every batch ahead
-    takes its place in shared memory.
+    There are never more processes than cores. Each is up to `prefetch` batches ahead; more than 2 is not faster
+    (`benchmarks/loader.py`), and every batch ahead takes its place in shared memory.
     """
+    num_workers = min(num_workers, count_cores())
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -10,8 +10,11 @@ same list on every machine, and a smaller share of the same seed is part of a la
 import hashlib
 import math
 from pathlib import Path
+from typing import Annotated
 
-from extraction.data.folders import SPLITS, group_videos, normalise_class, refuse_empty_classes, require_folder
+import tyro
+
+from extraction.data.folders import SPLITS, group_videos, normalise_class, refuse_empty_classes
 from extraction.errors import Stop, run_tool
 from extraction.weights import write_atomically
 
@@ -29,7 +32,13 @@ def choose_share(videos: dict[str, list[str]], share: float, seed: int = 0) -> d
 
 
 def write_subset(
-    folder: str, /, out: str, share: float = 0.05, seed: int = 0, split: str | None = None, listing: str | None = None
+    folder: Annotated[str, tyro.conf.arg(metavar="FOLDER")],
+    /,
+    out: str,
+    share: float = 0.05,
+    seed: int = 0,
+    split: str | None = None,
+    listing: str | None = None,
 ) -> None:
     """Write the list of a class-balanced share of a labelled folder.
 
@@ -43,11 +52,13 @@ def write_subset(
     """
     if not 0 < share <= 1:
         raise Stop(f"--share {share}: write a fraction above 0 and up to 1, such as 0.05")
-    root = require_folder(folder, "labelled videos, in class folders,")
+    root = Path(folder)
+    if not root.is_dir():
+        raise Stop(f"folder {folder} not found: it holds the labelled videos, in class folders")
     where, videos = group_videos(root, split, listing)
-    refuse_empty_classes(where, videos)
     names = {own: [path.relative_to(root).as_posix() for path in paths] for own, paths in videos.items()}
-    _refuse_unreadable(where, names)
+    _refuse_unreadable(where, names, "pass --split train or --split val" if split is None else f"{root} has no {split} half")
+    refuse_empty_classes(where, videos)
     chosen = choose_share(names, share, seed)
     total, num_chosen = (sum(map(len, classes.values())) for classes in (names, chosen))
     origin = "".join(f", {name} {value}" for name, value in (("split", split), ("list", listing)) if value)
@@ -62,11 +73,11 @@ def write_subset(
     print(f"{out}: {num_chosen} of {total} videos, {len(chosen)} classes")
 
 
-def _refuse_unreadable(where: Path, names: dict[str, list[str]]) -> None:
+def _refuse_unreadable(where: Path, names: dict[str, list[str]], of_halves: str) -> None:
     """A list of paths says a video's class by its folder."""
     halves = [name for name in names if name in sum(SPLITS.values(), ())]
     if halves:
-        raise Stop(f"{where}: {', '.join(halves)} are halves, not classes; pass --split train or --split val")
+        raise Stop(f"{where}: not classes but halves in it ({', '.join(halves)}); {of_halves}")
     for own, paths in names.items():
         for path in paths:
             if normalise_class(own) not in map(normalise_class, Path(path).parts[:-1]):
@@ -74,6 +85,4 @@ def _refuse_unreadable(where: Path, names: dict[str, list[str]]) -> None:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    run_tool(lambda: tyro.cli(write_subset, description=__doc__))
+    run_tool(lambda: tyro.cli(write_subset, prog="python -m extraction.data.subsets", description=__doc__))

@@ -17,10 +17,11 @@ from fractions import Fraction
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import av
 import numpy as np
+import tyro
 from av.video.reformatter import Interpolation, VideoReformatter
 from tqdm import tqdm
 
@@ -33,7 +34,13 @@ _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BI
 
 
 def transcode_folder(
-    source: str, out: str, /, short_side: int = 256, gop: int = 8, crf: int = 18, workers: int | None = None
+    source: Annotated[str, tyro.conf.arg(metavar="SOURCE")],
+    out: Annotated[str, tyro.conf.arg(metavar="OUT")],
+    /,
+    short_side: int = 256,
+    gop: int = 8,
+    crf: int = 18,
+    workers: int | None = None,
 ) -> None:
     """Transcode every video below a folder that is not in OUT yet, and say what came of it.
 
@@ -189,6 +196,4 @@ def _turn(frame: av.VideoFrame, turns: int) -> av.VideoFrame:
 
 
 if __name__ == "__main__":
-    import tyro
-
-    run_tool(lambda: tyro.cli(transcode_folder, description=__doc__))
+    run_tool(lambda: tyro.cli(transcode_folder, prog="python -m extraction.data.transcode", description=__doc__))

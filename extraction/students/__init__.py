@@ -78,8 +78,7 @@ class Student(Preprocessed):
     """
 
     def __init__(self, name: str, num_classes: int):
-        if name not in STUDENTS:
-            raise Stop(f"no student is called {name!r}; there are {', '.join(STUDENTS)}")
+        require_student(name)
         self.spec = STUDENTS[name]
         super().__init__(self.spec.create(num_classes), **self.spec.preprocess)
         self.name, self.num_classes = name, num_classes
@@ -107,6 +106,12 @@ class Student(Preprocessed):
         return [dict(params=head, lr=head_lr), dict(params=body, lr=body_lr)]
 
 
+def require_student(name: str) -> None:
+    """Raise Stop when no student is called so."""
+    if name not in STUDENTS:
+        raise Stop(f"no student is called {name!r}; there are {', '.join(STUDENTS)}")
+
+
 def create_student(name: str, num_classes: int, weights: str | Path | None = None) -> Student:
     """A student for an attack, its head always fresh, its body from `weights` (any state dict of the network) if given.
 
@@ -130,9 +135,8 @@ def _read_body(name: str, weights: str | Path) -> dict[str, Tensor]:
 
 def load_student(name: str, weights: str | Path) -> tuple[Student, dict]:
     """A trained student with its head, and what the file says about itself (`classes`, ...; empty if nothing)."""
+    require_student(name)
     state, about = read_state(weights), read_metadata(weights)
-    if name not in STUDENTS:
-        raise Stop(f"no student is called {name!r}; there are {', '.join(STUDENTS)}")
     if about.get("student", name) != name:
         raise Stop(f"{weights}: holds a {about['student']}, not a {name}")
     bias = state.get(STUDENTS[name].head + ".bias")

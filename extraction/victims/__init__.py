@@ -259,6 +259,8 @@ class Victim:
     ):
         if answers not in ANSWERS:
             raise Stop(f"no answers are called {answers!r}; there are {', '.join(ANSWERS)}")
+        if decimals is not None and not 0 <= decimals <= 9:
+            raise Stop(f"--decimals {decimals}: it must be from 0 to 9")
         if query_budget is not None and query_budget < 0:
             raise Stop(f"query budget {query_budget}: it must be 0 or more")
         self.name, self.fingerprint, self.classes = model.name, model.fingerprint, model.classes

@@ -14,11 +14,12 @@ import re
 import zipfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision import ops
@@ -376,7 +377,12 @@ def _read_tensorflow(path: Path, prefix: Path) -> dict[str, np.ndarray]:
         raise Stop(f"{path}: not a readable TensorFlow checkpoint ({reason}); get its files again") from None
 
 
-def convert(source: Path, out: Path, /, model_id: Literal["a0", "a1", "a2", "demo"] = "a2") -> None:
+def convert(
+    source: Annotated[Path, tyro.conf.arg(metavar="SOURCE")],
+    out: Annotated[Path, tyro.conf.arg(metavar="OUT")],
+    /,
+    model_id: Literal["a0", "a1", "a2", "demo"] = "a2",
+) -> None:
     """Write MoViNet weights, from wherever they are, as safetensors.
 
     Args:
@@ -384,10 +390,11 @@ def convert(source: Path, out: Path, /, model_id: Literal["a0", "a1", "a2", "dem
         out: The file to write, OUT.safetensors.
         model_id: Which MoViNet they are of.
     """
-    save_weights(out, load_movinet_state(source, model_id), {"architecture": f"movinet_{model_id}"})
+    state = load_movinet_state(source, model_id)
+    save_weights(out, state, {"architecture": f"movinet_{model_id}"})
+    count = sum(tensor.numel() for tensor in state.values())
+    print(f"{out}: {count} weights of MoViNet-{model_id.upper()}, in {len(state)} tensors, from {source}")
 
 
 if __name__ == "__main__":
-    import tyro
-
-    run_tool(lambda: tyro.cli(convert))
+    run_tool(lambda: tyro.cli(convert, prog="python -m extraction.victims.movinet"))

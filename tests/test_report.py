@@ -1,0 +1,94 @@
+"""The table of several runs: a row for each victim, and only what was scored on the same videos beside each other."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from extraction.errors import Stop
+from extraction.report import print_results, tabulate
+
+RESULTS = dict(
+    experiment="swin_to_r21", victim="demo_swin", victim_fingerprint="abc", victim_top1=0.979, victim_top5=1.0, student="tiny",
+    num_queries=700, num_queries_before=11, top1=0.5, top5=0.9, agreement_at_1=0.25, agreement_at_5=0.75, num_val_videos=240,
+    chance_top1=1 / 12,
+)  # fmt: skip
+ALONE = dict(experiment="labels_only", victim=None, victim_fingerprint=None, victim_top1=None, num_queries=0, top1=0.3)
+MOVINET = dict(experiment="movinet_to_r21", victim="demo_movinet", victim_fingerprint="def", victim_top1=0.95)
+
+
+def write_run(folder: Path, **changes) -> Path:
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(RESULTS | changes))
+    return folder
+
+
+def read_rows(out: str) -> list[list[str]]:
+    """The cells of the table's rows, without its head."""
+    return [line.rsplit(maxsplit=5) for line in out.splitlines()[3:] if line]
+
+
+def test_one_run_has_its_victim_student_and_chance(capsys):
+    assert print_results(RESULTS) is RESULTS
+    assert read_rows(capsys.readouterr().out) == [
+        ["victim", "97.9", "100.0", "-", "-", "-"],
+        ["student, swin_to_r21", "50.0", "90.0", "25.0", "75.0", "711"],
+        ["chance", "8.3", "41.7", "8.3", "41.7", "-"],
+    ]
+
+
+def test_each_victim_has_one_row_whatever_the_order(tmp_path, capsys):
+    swin, again = write_run(tmp_path / "a"), write_run(tmp_path / "b", experiment="swin_to_c3d")
+    movinet, alone = write_run(tmp_path / "c", **MOVINET), write_run(tmp_path / "d", **ALONE)
+    tabulate((swin, again, alone))
+    names = [row[0] for row in read_rows(capsys.readouterr().out)]
+    assert names == ["victim", "student, swin_to_r21", "student, swin_to_c3d", "student, labels_only", "chance"]
+    tabulate((movinet, swin, alone, again))
+    rows = read_rows(capsys.readouterr().out)
+    assert [row[:2] for row in rows[:2]] == [["victim, demo_movinet (def)", "95.0"], ["victim, demo_swin (abc)", "97.9"]]
+    assert [row[0] for row in rows[2:]] == [f"student, {name}" for name in (
+        "movinet_to_r21", "swin_to_r21", "labels_only", "swin_to_c3d"
+    )] + ["chance"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_val_videos", 24), ("chance_top1", 0.1)])
+def test_other_videos_are_not_put_beside(tmp_path, capsys, name, value):
+    runs = write_run(tmp_path / "a"), write_run(tmp_path / "b"), write_run(tmp_path / "c", **{name: value})
+    with pytest.raises(Stop, match=rf"a and .*c differ in {name}: .* and {value};"):
+        tabulate(runs)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (None, "run has no results.json: not a finished run"),
+        (json.dumps(RESULTS)[:100], "results.json: not readable, truncated perhaps"),
+        ("\0\xff", "results.json: not readable"),
+        (json.dumps(dict(top1=0.9, num_classes=12)), "run: no student in it"),
+        ("[]", "run: no student in it"),
+    ],
+)
+def test_what_is_no_run_of_a_student_gets_one_line(tmp_path, content, line):
+    (tmp_path / "run").mkdir()
+    if content is not None:
+        (tmp_path / "run" / "results.json").write_text(content, "latin-1")
+    with pytest.raises(Stop, match=line) as caught:
+        tabulate((write_run(tmp_path / "good"), tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_line(tmp_path):
+    def run(*given) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "extraction.report", *map(str, given)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    done = run(write_run(tmp_path / "a"), write_run(tmp_path / "b", **ALONE))
+    assert (done.returncode, len(read_rows(done.stdout))) == (0, 4)
+    none = run()
+    assert (none.returncode, none.stderr.count("\n"), none.stdout) == (1, 1, "")
+    told = run("--help")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "usage: python -m extraction.report [-h] RUN" in told.stdout
