@@ -28,7 +28,7 @@ def require_inputs(config: Any, stage: bool = False) -> None:
         instead = (
             "this stage goes on from the one before; run that first, or give another file"
             if stage
-            else "put them there, or pass --student-weights None to start from nothing"
+            else "put them there, pass --student-weights None to start from nothing, or try --demo"
         )
         raise Stop(f"student weights {config.student_weights} not found: {instead}")
     require_lists(config)

@@ -120,7 +120,7 @@ def test_without_data_a_script_stops_at_once_with_one_line(tmp_path):
     assert process.returncode == 1
     assert process.stdout == ""
     assert len(process.stderr.strip().splitlines()) == 1
-    assert "datasets/kinetics400_5per" in process.stderr
+    assert "weights/r2plus1d_34" in process.stderr
     assert "--demo" in process.stderr
     assert time.monotonic() - begin < 10  # 3 seconds on a machine with nothing else to do
 
