@@ -79,7 +79,7 @@ CHAINS: list[list[tuple[str, str, list[str]]]] = [
         (
             "natural_images_label_only",
             "black_box/natural_images_label_only.py",
-            [*VAL, *"--num-explore 80 --num-rounds 2 --per-round 30 --quota 20 --epochs 2".split()],
+            [*VAL, *["--num-explore", "80", "--num-rounds", "2", "--per-round", "30", "--quota", "20", "--epochs", "2"]],
         )
     ],
     *(
@@ -87,7 +87,21 @@ CHAINS: list[list[tuple[str, str, list[str]]]] = [
             (
                 f"biggan_with_{v}",
                 f"black_box/biggan_with_{v}.py",
-                [*VAL, *"--num-random 60 --num-steps 2 --codes-per-class 3 --clips-per-class 4 --epochs 2".split()],
+                [
+                    *VAL,
+                    *[
+                        "--num-random",
+                        "60",
+                        "--num-steps",
+                        "2",
+                        "--codes-per-class",
+                        "3",
+                        "--clips-per-class",
+                        "4",
+                        "--epochs",
+                        "2",
+                    ],
+                ],
             )
         ]
         for v in ("swin", "movinet")
