@@ -17,7 +17,7 @@ from extraction.backend import choose_backend
 from extraction.data.clips import Clips, report_broken
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, read_classes, require_folder
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.evaluation import parse_views, predict_videos, score, write_class_table
 from extraction.report import percent
 from extraction.runs import check_at_least, run_script
@@ -72,7 +72,7 @@ def main(config: Config) -> dict:
     check_at_least(config, 1, "num_frames", "stride", "size", "batch_size")
     check_at_least(config, 0, "num_workers")
     if config.unseen and not config.demo:
-        raise Stop("--unseen: it goes with --demo")
+        raise UserError("--unseen: it goes with --demo")
     if config.unseen:
         config = replace(config, data="datasets/demo_unseen")
         write_demo_set(config.data, {"val": 100}, seed=1)
@@ -85,9 +85,9 @@ def main(config: Config) -> dict:
     student, about = load_student(config.student, config.weights)
     classes = about.get("classes") or named
     if classes is None:
-        raise Stop("the weights do not say their classes: pass --classes k400 or k600, or a text file with a name per line")
+        raise UserError("the weights do not say their classes: pass --classes k400 or k600, or a text file with a name per line")
     if len(classes) != student.num_classes:
-        raise Stop(f"{config.weights}: its head has {student.num_classes} classes, the class list {len(classes)}")
+        raise UserError(f"{config.weights}: its head has {student.num_classes} classes, the class list {len(classes)}")
     shape = {
         name: getattr(config, name) or about.get(name) or usual
         for name, usual in (("num_frames", 32), ("stride", 1), ("size", 224))
@@ -108,7 +108,7 @@ def _read_classes(name: str) -> list[str]:
     if name in KNOWN_CLASSES:
         return list(KNOWN_CLASSES[name]())
     if not Path(name).is_file():
-        raise Stop(f"--classes {name}: neither one of {', '.join(KNOWN_CLASSES)} nor a file")
+        raise UserError(f"--classes {name}: neither one of {', '.join(KNOWN_CLASSES)} nor a file")
     return read_classes(name)
 
 

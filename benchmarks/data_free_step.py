@@ -35,7 +35,7 @@ from train_step import SCALES, create_plain, open_ledger
 from extraction import processes
 from extraction.backend import Backend, choose_backend
 from extraction.data_free import Attacker, create_optimizer, find_method
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.generators import create_generator
 from extraction.runs import check_at_least, run_script
 from extraction.students import create_student
@@ -70,7 +70,7 @@ def choose_constants(config: Config, backend: Backend) -> tuple[str, Any]:
     """The script's, with what its method says where they are None."""
     scale = config.scale if config.scale != "auto" else "full" if backend.device.type == "cuda" else "demo"
     if scale not in SCALES:
-        raise Stop(f"--scale {scale}: write auto, {' or '.join(SCALES)}")
+        raise UserError(f"--scale {scale}: write auto, {' or '.join(SCALES)}")
     constants = SCRIPT["Config"](**SCRIPT["DEMO"] if scale == "demo" else {})
     method = find_method(constants.method, constants.answers)
     usual = dict(num_directions=method.num_directions, replay_steps=method.replay_steps, batch_size=constants.batch_size)
@@ -158,7 +158,7 @@ def build_legacy(scale: str, constants: Any, backend: Backend, folder: Path) -> 
         losses += [step_student() for _ in range(constants.student_steps)]
         losses += [step_replay() for _ in range(constants.replay_steps)]
         if not all(map(math.isfinite, losses)):
-            raise Stop("a loss of 2022's iteration is not finite")
+            raise UserError("a loss of 2022's iteration is not finite")
         check_bill(asked[0] - before, constants)
 
     return as_in_2022(iterate)
@@ -203,7 +203,7 @@ def build_ours(scale: str, constants: Any, backend: Backend, folder: Path) -> Ca
             for _ in range(count):
                 step()
         if attacker.broke():
-            raise Stop("a loss of our iteration is not finite")
+            raise UserError("a loss of our iteration is not finite")
         check_bill(attacker.victim.num_queries - before, constants)
 
     return iterate
@@ -211,7 +211,7 @@ def build_ours(scale: str, constants: Any, backend: Backend, folder: Path) -> Ca
 
 def check_bill(asked: int, constants: Any) -> None:
     if asked != count_queries(constants):
-        raise Stop(f"an iteration asked about {asked} clips, not {count_queries(constants)}: this is not what is timed")
+        raise UserError(f"an iteration asked about {asked} clips, not {count_queries(constants)}: this is not what is timed")
 
 
 ROWS = {"2022": build_legacy, "ours": build_ours}
@@ -223,7 +223,7 @@ ROWS = {"2022": build_legacy, "ours": build_ours}
 def run_row(name: str, config: Config, scale: str, constants: Any, backend: Backend) -> dict[str, float]:
     """What a process that runs one row says of itself."""
     if name not in ROWS:
-        raise Stop(f"--alone {name}: there are {'; '.join(ROWS)}")
+        raise UserError(f"--alone {name}: there are {'; '.join(ROWS)}")
     with tempfile.TemporaryDirectory() as folder:
         step, memory = warm_up(partial(ROWS[name], scale, constants, backend, Path(folder)), backend.device, 1)
         seconds = statistics.median(take_turns({name: step}, config.turns, config.iterations, backend.device)[name])

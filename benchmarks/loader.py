@@ -30,7 +30,7 @@ from extraction.data.clips import Clips, Unreadable, Window, decode_clip, descri
 from extraction.data.demo import write_video
 from extraction.data.folders import EXTENSIONS, Video
 from extraction.data.transcode import transcode_folder
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.runs import check_at_least, choose_device, run_script
 
 BARE = "PyAV, bare"
@@ -155,7 +155,7 @@ def time_decoder(decode: Callable[[Window], None], windows: Iterable[Window]) ->
         try:
             decode(window)
         except (av.error.FFmpegError, Unreadable) as error:
-            raise Stop(f"{window.path}: {describe_error(error)}; take videos that can be read") from None
+            raise UserError(f"{window.path}: {describe_error(error)}; take videos that can be read") from None
         count += 1
     return (time.perf_counter() - begin) / count
 
@@ -164,7 +164,7 @@ def time_loader(clips: Clips, batches: list[list[int]], num_workers: int, prefet
     begin, counted = time.perf_counter(), 0
     for number, batch in enumerate(load_batches(clips, batches, num_workers, prefetch=prefetch), 1):
         if batch.broken:
-            raise Stop(f"{clips.windows[batch.broken[0][0]].path}: {batch.broken[0][1]}; take videos that can be read")
+            raise UserError(f"{clips.windows[batch.broken[0][0]].path}: {batch.broken[0][1]}; take videos that can be read")
         counted += len(batch.clips)
         if number == num_workers:  # the workers have started, and are at their second batches
             begin, counted = time.perf_counter(), 0
@@ -207,7 +207,7 @@ def time_feed(clips: Clips, indices: list[int], config: Config) -> None:
     shares = {}
     for count in workers:
         if count >= len(batches):
-            raise Stop(f"--num-workers {count}: too many for {len(batches)} batches; raise --clips")
+            raise UserError(f"--num-workers {count}: too many for {len(batches)} batches; raise --clips")
         for prefetch in config.prefetch if count else config.prefetch[:1]:
             name = f"loader, {count} worker{'s' * (count != 1)}" + (f", prefetch {prefetch}" if count else "")
             contenders[name], shares[name] = partial(time_loader, clips, batches, count, prefetch), max(1, count)
@@ -228,7 +228,7 @@ def time_transcoded(clips: Clips, indices: list[int], config: Config) -> None:
     for window in originals:
         path = (Path(config.transcoded) / window.path.relative_to(config.data)).with_suffix(".mp4")
         if not path.exists():
-            raise Stop(f"{path} not found: python -m extraction.data.transcode {config.data} {config.transcoded} makes it")
+            raise UserError(f"{path} not found: python -m extraction.data.transcode {config.data} {config.transcoded} makes it")
         copies.append(window._replace(path=path))
     decode = partial(decode_ours, config=config)
     contenders = {"originals": partial(time_decoder, decode, originals), "copies": partial(time_decoder, decode, copies)}
@@ -260,7 +260,7 @@ def time_copy(config: Config, device: torch.device) -> None:
 def measure(folder: Path, config: Config) -> None:
     videos = [Video(path, 0) for path in sorted(folder.rglob("*")) if path.suffix.lower() in EXTENSIONS]
     if not videos:
-        raise Stop(f"{folder}: no video in it")
+        raise UserError(f"{folder}: no video in it")
     videos = random.Random(config.seed).sample(videos, min(len(videos), config.clips))  # of a large folder a few will do
     clips = Clips(videos, config.num_frames, step=1, size=config.size)
     indices = random.Random(config.seed).choices(range(len(clips)), k=config.clips)
@@ -276,15 +276,15 @@ def main(config: Config) -> None:
     check_at_least(config, 1, "num_frames", "size", "clips", "batch_size", "repeats")
     for name, least in (("drawn", 16), ("num_workers", 0), ("prefetch", 1)):
         if any(value < least for value in getattr(config, name)):
-            raise Stop(f"--{name.replace('_', '-')}: each must be at least {least}")
+            raise UserError(f"--{name.replace('_', '-')}: each must be at least {least}")
     if any(side % 2 for side in config.drawn):
-        raise Stop("--drawn: H.264 wants even numbers")
+        raise UserError("--drawn: H.264 wants even numbers")
     if config.transcoded and not config.data:
-        raise Stop("--transcoded: name with --data what it was made of")
+        raise UserError("--transcoded: name with --data what it was made of")
     device = choose_device(config.device)
     torch.set_num_threads(1)
     if config.data and not Path(config.data).is_dir():
-        raise Stop(f"folder {config.data} not found: name one of videos")
+        raise UserError(f"folder {config.data} not found: name one of videos")
     if config.data:
         measure(Path(config.data), config)
     else:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from extraction import processes
-from extraction.errors import Stop
+from extraction.errors import UserError
 
 
 def synchronise(device: torch.device) -> None:
@@ -92,7 +92,7 @@ def run_alone(script: str, flags: list[str], num_processes: int = 1) -> dict:
     command = [sys.executable, *(several if num_processes > 1 else []), script, *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise Stop(f"{' '.join(command[1:])} failed:\n{done.stderr.strip()[-2000:]}")
+        raise UserError(f"{' '.join(command[1:])} failed:\n{done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

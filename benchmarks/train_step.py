@@ -55,7 +55,7 @@ from extraction.data.clips import Clips, load_batches
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data.folders import find_videos
 from extraction.distill import Asked, answers_to_targets, ask_ahead, distillation_loss
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.ledger import Ledger
 from extraction.preprocess import Preprocessed
 from extraction.runs import check_at_least, choose_device, run_script
@@ -129,7 +129,7 @@ GROWTH = {
 def choose_setting(config: Config, device: torch.device) -> tuple[str, Setting]:
     scale = config.scale if config.scale != "auto" else "full" if device.type == "cuda" else "demo"
     if scale not in SCALES:
-        raise Stop(f"--scale {scale}: write auto, {' or '.join(SCALES)}")
+        raise UserError(f"--scale {scale}: write auto, {' or '.join(SCALES)}")
     setting = SCALES[scale]
     if config.size:
         larger = config.size / setting.size
@@ -227,7 +227,7 @@ def build_legacy(setting: Setting, device: torch.device, folder: Path, prepare: 
         loss.backward()
         optimizer.step()
         if not math.isfinite(loss.item()):
-            raise Stop("the loss of 2022's step is not finite")
+            raise UserError("the loss of 2022's step is not finite")
         if save:
             torch.save(student_net, path)
 
@@ -279,11 +279,11 @@ def build_ours(setting: Setting, backend: Backend, folder: Path, kept: bool, fla
         unread.append(loss.detach())
         if len(unread) >= read_every:
             if not all(map(math.isfinite, processes.total(torch.stack(unread)).tolist())):
-                raise Stop("the loss of our step is not finite")
+                raise UserError("the loss of our step is not finite")
             unread.clear()
         paid = [min(number + ahead, NUM_BATCHES) if kept else number + ahead for ahead in (1, 2)]
         if ledger.num_queries not in [count * setting.batch_size for count in paid]:
-            raise Stop(f"{ledger.num_queries} clips paid for after {number + 1} batches: this is not what is timed")
+            raise UserError(f"{ledger.num_queries} clips paid for after {number + 1} batches: this is not what is timed")
 
     return step
 
@@ -322,7 +322,7 @@ def count_flops(setting: Setting) -> dict[str, int]:
 def run_row(name: str, config: Config, setting: Setting, backend: Backend) -> dict[str, float]:
     """What a process that runs one row says of itself."""
     if name not in ROWS:
-        raise Stop(f"--alone {name}: there are {'; '.join(ROWS)}")
+        raise UserError(f"--alone {name}: there are {'; '.join(ROWS)}")
     if not name.startswith("ours"):
         processes.require_one(name)
     before = peak_memory()
@@ -407,7 +407,7 @@ def load_demo_clips(root: str, setting: Setting) -> list[Tensor]:
 
 
 def check_answers(config: Config, setting: Setting, device: torch.device) -> None:
-    """Raises Stop where a bar is not met. The shares are those of a trained victim: a random one answers all clips alike."""
+    """Raises UserError where a bar is not met. The shares are those of a trained victim: a random one answers all clips alike."""
     demo, met = SCALES["demo"], True
     loaded = load_demo_clips(config.demo_set, demo)
     for precision in PRECISIONS:
@@ -424,7 +424,7 @@ def check_answers(config: Config, setting: Setting, device: torch.device) -> Non
             print(f"{setting.victim}, random, in {precision}: mean KL {divergence:.1e} nats: {'met' if good else 'NOT MET'}")
             met = met and good
     if not met:
-        raise Stop("fast answers are not the victim's")
+        raise UserError("fast answers are not the victim's")
 
 
 # --- where the time goes, and how it grows ---------------------------------------------------------------------------
@@ -470,7 +470,7 @@ def show_growth(config: Config, scale: str, setting: Setting, backend: Backend) 
     """Each point in processes of its own, the others of its constants being the setting's."""
     unknown = set(config.axes) - set(GROWTH[scale])
     if unknown:
-        raise Stop(f"--axes {' '.join(sorted(unknown))}: there are {', '.join(GROWTH[scale])}")
+        raise UserError(f"--axes {' '.join(sorted(unknown))}: there are {', '.join(GROWTH[scale])}")
     compile = "off" if config.compile == "auto" else config.compile
     plain = replace(config, batch_size=setting.batch_size, num_frames=setting.num_frames, size=setting.size, compile=compile)
     usual, points = asdict(plain) | dict(processes=1), {axis: [] for axis in config.axes}

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from extraction.backend import choose_backend
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.preprocess import Preprocessed
 from extraction.runs import check_at_least, choose_device, run_script
 from extraction.victims import KNOWN_CLASSES, VICTIMS, VictimModel, load_model, movinet, swin
@@ -69,7 +69,7 @@ def time_batch(model: VictimModel, clips: torch.Tensor) -> tuple[float, torch.Te
 def time_victims(config: Config, device: torch.device) -> None:
     unknown = set(config.victims) - set(CREATE)
     if unknown:
-        raise Stop(f"--victims {' '.join(sorted(unknown))}: there are {', '.join(CREATE)}")
+        raise UserError(f"--victims {' '.join(sorted(unknown))}: there are {', '.join(CREATE)}")
     on_gpu = device.type == "cuda"
     for name in config.victims or CREATE:
         model = CREATE[name]()
@@ -92,7 +92,7 @@ def compare(folder: str, config: Config) -> None:
     try:
         import tensorflow as tf
     except ImportError as error:
-        raise Stop(f"the comparison needs tensorflow ({error}): pip install -e '.[tensorflow]'") from None
+        raise UserError(f"the comparison needs tensorflow ({error}): pip install -e '.[tensorflow]'") from None
     if config.threads:
         tf.config.threading.set_intra_op_parallelism_threads(config.threads)
         tf.config.threading.set_inter_op_parallelism_threads(config.threads)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from extraction.backend import choose_backend
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data_free import METHODS, SCHEDULES, Attacker, create_optimizer, extract
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.generators import create_generator
 from extraction.report import finish
 from extraction.runs import Run, check_at_least, run_script, set_seed
@@ -109,7 +109,7 @@ def main(config: Config) -> dict:
     check_at_least(config, 0, "student_lr", "generator_lr", "weight_decay")
     check_at_least(config, 1e-6, "smoothing")
     if config.answers == "label":
-        raise Stop("--answers label: the generator needs to see how near a clip is to its class; use probs, logits or top5")
+        raise UserError("--answers label: the generator needs to see how near a clip is to its class; use probs, logits or top5")
     require_generator(config.generator)
     require_inputs(config)
     if config.demo:

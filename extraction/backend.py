@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.preprocess import LAYOUTS, Preprocessed
 from extraction.runs import choose_device
 
@@ -37,7 +37,7 @@ class Backend(NamedTuple):
 
 def choose_backend(device: str = "auto", precision: str = "auto", compile: str = "auto") -> Backend:
     """`precision` is fp32, bf16 (autocast), or auto: bf16 on a GPU that has it, else fp32. `compile` is on, off, or auto: on
-    a GPU, once a network has had `COMPILE_AFTER` batches of one shape. Raises Stop for other words.
+    a GPU, once a network has had `COMPILE_AFTER` batches of one shape. Raises UserError for other words.
     """
     place = choose_device(device)
     on_gpu = place.type == "cuda"
@@ -45,11 +45,11 @@ def choose_backend(device: str = "auto", precision: str = "auto", compile: str =
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if precision not in PRECISIONS:
-        raise Stop(f"--precision {precision}: write auto, {' or '.join(PRECISIONS)}")
+        raise UserError(f"--precision {precision}: write auto, {' or '.join(PRECISIONS)}")
     # float32 in convolutions too, where PyTorch would take TF32: slopes estimated from answers drown in its rounding.
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     # The first batch is never compiled: a Swin then looks up what it keeps, which would be a second graph.
     choices = {"auto": COMPILE_AFTER if on_gpu else None, "on": 1, "off": None}
     if compile not in choices:
-        raise Stop(f"--compile {compile}: write auto, on or off")
+        raise UserError(f"--compile {compile}: write auto, on or off")
     return Backend(place, PRECISIONS[precision], choices[compile])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.weights import load_strictly, read_state
 
 WEIGHTS = "weights/biggan-deep-128-pytorch_model.bin"
@@ -132,7 +132,7 @@ class BigGAN(nn.Module):
     def __init__(self, shape: Shape = PUBLISHED, truncation: float = 1.0):
         super().__init__()
         if not 0.0 < truncation <= 1.0:
-            raise Stop(f"truncation {truncation}: it must be above 0 and at most 1")
+            raise UserError(f"truncation {truncation}: it must be above 0 and at most 1")
         self.shape, self.truncation = shape, truncation
         self.embeddings = nn.Linear(shape.num_classes, shape.dim, bias=False)
         self.generator = _Generator(shape)
@@ -159,10 +159,10 @@ def fold_spectral_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_biggan(weights: str | Path = WEIGHTS, shape: Shape = PUBLISHED, truncation: float = 1.0) -> BigGAN:
-    """The frozen generator with the published weights. Raises Stop when they are missing or another model's."""
+    """The frozen generator with the published weights. Raises UserError when they are missing or another model's."""
     path = Path(weights)
     if not path.is_file():
-        raise Stop(f"BigGAN weights {path} not found: {_SOURCE} belongs there; or try --demo")
+        raise UserError(f"BigGAN weights {path} not found: {_SOURCE} belongs there; or try --demo")
     net = BigGAN(shape, truncation)
     load_strictly(net, fold_spectral_norm(read_state(path)), path, "BigGAN-deep")
     return net

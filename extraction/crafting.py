@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.report import draw_clips
 
 METHODS = ("random", "jbda", "t_rnd")
@@ -66,9 +66,9 @@ def create_crafter(
     """
     for method in methods:
         if method not in METHODS:
-            raise Stop(f"no crafting method is called {method!r}; there are {', '.join(METHODS)}")
+            raise UserError(f"no crafting method is called {method!r}; there are {', '.join(METHODS)}")
     if not (methods and 0 < share <= 1 and 0 < step <= 1 and iterations >= 1):
-        raise Stop("crafting needs a method, a share above 0 up to 1, a step above 0 up to 1 and at least one iteration")
+        raise UserError("crafting needs a method, a share above 0 up to 1, a step above 0 up to 1 and at least one iteration")
 
     def craft(student: nn.Module, views: Tensor, targets: Tensor, keys: Sequence[bytes]) -> tuple[Tensor, list[bytes]]:
         seeds = views[: max(1, round(share * len(views)))]

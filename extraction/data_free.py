@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from extraction import processes
 from extraction.distill import answers_to_targets
-from extraction.errors import BudgetExhausted, Stop
+from extraction.errors import BudgetExhausted, UserError
 from extraction.ledger import Ledger
 from extraction.preprocess import Preprocessed
 from extraction.report import draw_queries
@@ -72,18 +72,18 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def find_method(name: str, answers: str) -> Method:
-    """Raises Stop for an unknown method, and for answers that it can't use."""
+    """Raises UserError for an unknown method, and for answers that it can't use."""
     if name not in METHODS:
-        raise Stop(f"no method is called {name!r}; there are {', '.join(METHODS)}")
+        raise UserError(f"no method is called {name!r}; there are {', '.join(METHODS)}")
     method = METHODS[name]
     if answers not in method.surfaces:
-        raise Stop(f"--answers {answers}: {name} needs one of {', '.join(method.surfaces)}")
+        raise UserError(f"--answers {answers}: {name} needs one of {', '.join(method.surfaces)}")
     return method
 
 
 def find_schedule(name: str) -> Callable[[float], float]:
     if name not in SCHEDULES:
-        raise Stop(f"no schedule is called {name!r}; there are {', '.join(SCHEDULES)}")
+        raise UserError(f"no schedule is called {name!r}; there are {', '.join(SCHEDULES)}")
     return SCHEDULES[name]
 
 
@@ -93,7 +93,7 @@ def create_optimizer(name: str, parameters, lr: float, weight_decay: float) -> t
         return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=True)
     if name == "sgd":
         return torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay, fused=True)
-    raise Stop(f"no optimiser is called {name!r}; there are adam, sgd")
+    raise UserError(f"no optimiser is called {name!r}; there are adam, sgd")
 
 
 # --- the parts -----------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ class Replay:
             self.clips = torch.zeros((capacity, *clip_shape), dtype=torch.uint8)
         except RuntimeError:
             size = capacity * torch.Size(clip_shape).numel() / 1e9
-            raise Stop(f"--replay-clips {capacity}: no room for their {size:.0f} GB in memory; lower it") from None
+            raise UserError(f"--replay-clips {capacity}: no room for their {size:.0f} GB in memory; lower it") from None
         self.targets = torch.zeros(capacity, num_targets)
         self.num_pushed = 0
 
@@ -187,7 +187,7 @@ class Attacker:
 
     All that it draws is a function of (`seed`, iteration), and so are the keys under which the ledger keeps its
     answers: an iteration that is repeated after a crash asks for the same, and finds what is paid. Of several processes
-    each takes its share of every batch; all of them keep every clip for replay, so that any number can go on. Raises Stop
+    each takes its share of every batch; all of them keep every clip for replay, so that any number can go on. Raises UserError
     when the batch can't be shared evenly.
     """
 
@@ -208,7 +208,7 @@ class Attacker:
         self.victim, self.student, self.generator = victim, student, generator
         self.student_optimizer, self.generator_optimizer = student_optimizer, generator_optimizer
         if batch_size % processes.num_processes():
-            raise Stop(f"--batch-size {batch_size}: it must be a multiple of the {processes.num_processes()} processes")
+            raise UserError(f"--batch-size {batch_size}: it must be a multiple of the {processes.num_processes()} processes")
         self.method, self.batch_size, self.seed = method, batch_size, seed
         self._student_forward = processes.parallel(student)
         self._generator_forward = processes.parallel(generator) if generator_optimizer is not None else generator
@@ -400,7 +400,7 @@ def extract(
     Resumes from the run's checkpoint, to the same bits on a CPU, and nothing is paid twice: answers leave the ledger only
     when the state after the iteration that paid for them is on the disk. Returns the history (a dict per evaluation) and
     what stopped the loop: "iterations", or the line of an exhausted budget, which leaves the checkpoint before it so that
-    a larger one goes on as if there had been no other. Raises Stop when a loss is not finite, KeyboardInterrupt after
+    a larger one goes on as if there had been no other. Raises UserError when a loss is not finite, KeyboardInterrupt after
     Ctrl-C, the state being saved.
     """
     victim, student = attacker.victim, attacker.student
@@ -450,7 +450,7 @@ def extract(
                 score(iteration)
                 break
             if attacker.broke():
-                raise Stop(
+                raise UserError(
                     f"a loss is not finite in iteration {iteration + 1}; the state before is in {run.folder}; "
                     "lower the learning rates"
                 )

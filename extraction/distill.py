@@ -15,7 +15,7 @@ from tqdm import tqdm
 from extraction import processes
 from extraction.data.augment import create_views, view_key
 from extraction.data.clips import Batch, Clips, load_batches
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.ledger import Ledger
 from extraction.preprocess import Preprocessed
 from extraction.report import draw_queries
@@ -101,7 +101,7 @@ def distill(
 
     Resumes from the run's checkpoint, to the same bits on a CPU. Of several processes (`extraction.processes`) each takes
     its share of every batch. Returns the history (a dict per evaluation) and what
-    stopped the loop: "epochs", or the line of an exhausted budget. Raises Stop when the loss is not finite and
+    stopped the loop: "epochs", or the line of an exhausted budget. Raises UserError when the loss is not finite and
     KeyboardInterrupt after Ctrl-C, the state being saved.
     """
     device = next(student.parameters()).device
@@ -213,7 +213,7 @@ def distill(
             if len(unread) >= read_every or (pause and unread):
                 for value in processes.total(torch.stack(unread)).tolist():
                     if not math.isfinite(value):
-                        raise Stop(
+                        raise UserError(
                             f"the loss became {value} in epoch {epoch + 1}, batch {number % order.per_epoch + 1} or up to "
                             f"{len(unread) - 1} before it; the state before is in {run.folder}; lower the learning rates"
                         )

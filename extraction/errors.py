@@ -6,22 +6,22 @@ from pathlib import Path
 from typing import Any
 
 
-class Stop(Exception):
+class UserError(Exception):
     """Something the person running the script can put right: one line that names the file or value, and the fix.
 
     Scripts print it without a traceback and end with exit status 1.
     """
 
 
-class BudgetExhausted(Stop):
+class BudgetExhausted(UserError):
     """The query budget leaves no room for the clips asked about. Nothing was answered and nothing was billed."""
 
 
 def run_tool(tool: Callable[[], Any]) -> None:
-    """The command line of a tool: Stop becomes its one line and exit status 1, Ctrl-C exit status 130."""
+    """The command line of a tool: UserError becomes its one line and exit status 1, Ctrl-C exit status 130."""
     try:
         tool()
-    except Stop as error:
+    except UserError as error:
         print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

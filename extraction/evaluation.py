@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from extraction import processes
 from extraction.data.clips import Clips, load_batches
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.ledger import Ledger
 from extraction.weights import write_atomically
 
@@ -33,7 +33,7 @@ def parse_views(views: str) -> tuple[int, int]:
     except ValueError:
         num_clips = num_crops = 0
     if num_clips < 1 or num_crops < 1:
-        raise Stop(f"views {views!r}: write clips x crops per video, such as 1x1 or 10x3")
+        raise UserError(f"views {views!r}: write clips x crops per video, such as 1x1 or 10x3")
     return num_clips, num_crops
 
 
@@ -65,7 +65,7 @@ def predict_videos(
         counts.index_add_(0, videos, torch.ones(len(videos), device=device))
     num_classes = max(processes.gather([0 if total is None else total.shape[1]]))
     if num_classes == 0:
-        raise Stop("none of the held-out videos can be decoded")
+        raise UserError("none of the held-out videos can be decoded")
     if total is None:
         total = torch.zeros(clips.num_videos, num_classes, device=device)
     total, counts = processes.total(total).cpu(), processes.total(counts).cpu()
@@ -103,7 +103,7 @@ def _hits(best: Tensor, wanted: Tensor) -> float:
 
 
 def check_victim(scores: dict[str, float], num_classes: int, min_victim_top1: float | None = None) -> None:
-    """The preflight: raise Stop when a victim's `scores` on held-out clips are near chance, before a query is paid.
+    """The preflight: raise UserError when a victim's `scores` on held-out clips are near chance, before a query is paid.
 
     `min_victim_top1` is the least top-1 that passes, a fraction; None: three times chance, 0: anything. With fewer than
     five classes three times chance is near or above 1, so there it is half-way from chance to perfect.
@@ -111,7 +111,7 @@ def check_victim(scores: dict[str, float], num_classes: int, min_victim_top1: fl
     chance = 1 / num_classes
     needed = min(3 * chance, (1 + chance) / 2) if min_victim_top1 is None else min_victim_top1
     if scores["top1"] < needed:
-        raise Stop(
+        raise UserError(
             f"the victim names {100 * scores['top1']:.1f} % of the held-out clips right, {100 * needed:.1f} % is the least and "
             f"{100 * chance:.1f} % chance: wrong weights, wrong class order, wrong preprocessing or labels of something else; "
             "nothing was paid (--min-victim-top1 lowers the least, 0 switches this check off)"
@@ -125,7 +125,7 @@ class Referee:
     ledger's separate table, never trained on. `open_model` loads the bare victim when they are not kept yet.
     Without a ledger there is no victim to agree with.
 
-    With at least 20 held-out videos a victim near chance raises Stop: see `check_victim` for `min_victim_top1`.
+    With at least 20 held-out videos a victim near chance raises UserError: see `check_victim` for `min_victim_top1`.
     """
 
     def __init__(

@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 
 
 def _halvings(size: int) -> int:
-    """How often frames of `size` are halved down to a base of 3 to 8 pixels. Raises Stop when they can't be."""
+    """How often frames of `size` are halved down to a base of 3 to 8 pixels. Raises UserError when they can't be."""
     count = 0
     while size % 2 == 0 and size > 4:
         size, count = size // 2, count + 1
     if size > 8 or count == 0:
-        raise Stop("--size of generated clips must be 3 to 8 times a power of two: 48, 64, 112, 224, ...")
+        raise UserError("--size of generated clips must be 3 to 8 times a power of two: 48, 64, 112, 224, ...")
     return count
 
 
@@ -233,7 +233,7 @@ GENERATORS = {
 
 
 def create_generator(name: str, num_classes: int, num_frames: int, size: int) -> nn.Module:
-    """A fresh generator of `num_frames` frames of `size` x `size`. Raises Stop for an unknown name or an odd size."""
+    """A fresh generator of `num_frames` frames of `size` x `size`. Raises UserError for an unknown name or an odd size."""
     if name not in GENERATORS:
-        raise Stop(f"no generator is called {name!r}; there are {', '.join(GENERATORS)}")
+        raise UserError(f"no generator is called {name!r}; there are {', '.join(GENERATORS)}")
     return GENERATORS[name](num_classes, num_frames, size)

@@ -22,7 +22,7 @@ import tyro
 from torch import Tensor
 
 from extraction import processes
-from extraction.errors import BudgetExhausted, Stop, run_tool
+from extraction.errors import BudgetExhausted, UserError, run_tool
 from extraction.weights import write_atomically
 
 _SCHEMA = """
@@ -65,7 +65,7 @@ class Ledger:
     """A victim's answers with memory: `query(clips, keys) -> answers`.
 
     `open_victim(num_queries)` opens the door, told what earlier lives of the run have spent. When the victim's weights are
-    not there but the ledger holds answers, it serves those alone. `exact` keeps float32 of everything. Raises Stop when the
+    not there but the ledger holds answers, it serves those alone. `exact` keeps float32 of everything. Raises UserError when the
     file is not a ledger or holds answers of another victim, another surface or in another way; one in which nothing was
     paid for yet becomes this victim's.
     """
@@ -90,7 +90,7 @@ class Ledger:
             self._check("answers packed as", _layout(kept), self._layout)
         try:
             self._victim = open_victim(self._num_queries)
-        except Stop as error:
+        except UserError as error:
             if not kept:
                 self.close()
                 raise
@@ -131,7 +131,7 @@ class Ledger:
     def _check(self, what: str, kept: str, wanted: str) -> None:
         if kept != wanted:
             self.close()
-            raise Stop(f"{self.path} keeps {what} {kept}, this run wants {wanted}; choose another --out-dir")
+            raise UserError(f"{self.path} keeps {what} {kept}, this run wants {wanted}; choose another --out-dir")
 
     @property
     def num_classes(self) -> int:
@@ -189,7 +189,7 @@ class Ledger:
         """Answer (B, 3, T, H, W) clips named by `keys`, paying for those that were never answered.
 
         Returns what `Victim.query` does, on the clips' device. Raises BudgetExhausted, with nothing spent, when the new
-        ones (of all processes) are more than the budget has left, and Stop when there are new ones but no victim to ask.
+        ones (of all processes) are more than the budget has left, and UserError when there are new ones but no victim to ask.
         """
         before, everyone = self._together(keys)
         known = self.find(everyone)
@@ -206,7 +206,7 @@ class Ledger:
 
     def _pay(self, clips: Tensor, count: int, new: dict[bytes, int]) -> dict[bytes, bytes]:
         if self._victim is None:
-            raise Stop(f"{len(new)} views are not in {self.path}, and the victim's weights are not here to ask")
+            raise UserError(f"{len(new)} views are not in {self.path}, and the victim's weights are not here to ask")
         if self.query_budget is not None and len(new) > self.queries_left:
             raise BudgetExhausted(
                 f"query budget exhausted: {self.num_queries} of {self.query_budget} queries spent, "
@@ -231,7 +231,7 @@ class Ledger:
                     "UPDATE about SET value = ? WHERE name = 'num_queries'", (str(self._num_queries + len(rows)),)
                 )
         except sqlite3.Error as error:
-            raise Stop(f"cannot write {self.path}: {error}; make room, then run again: nothing is paid twice") from None
+            raise UserError(f"cannot write {self.path}: {error}; make room, then run again: nothing is paid twice") from None
 
     def forget(self, before: bytes) -> None:
         """Drop the answers whose keys sort before `before`; the bill stays.
@@ -245,7 +245,7 @@ class Ledger:
             with self._database:
                 self._database.execute("DELETE FROM answers WHERE key < ?", (before,))
         except sqlite3.Error as error:
-            raise Stop(f"cannot write {self.path}: {error}; make room, then run again: nothing is paid twice") from None
+            raise UserError(f"cannot write {self.path}: {error}; make room, then run again: nothing is paid twice") from None
 
     def referee_answers(self, keys: Sequence[bytes], compute: Callable[[], Tensor]) -> Tensor:
         """The referee's own (B, num_classes) probabilities for held-out clips: unmetered, kept apart, never trained on."""
@@ -279,7 +279,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         # FULL: an answer is on the disk, not only in its cache, before it is used: it survives a power cut too.
         database.execute("PRAGMA synchronous = FULL")
     except sqlite3.Error as error:
-        raise Stop(f"cannot open {path}: {error}; is it a ledger, and is its folder writable?") from None
+        raise UserError(f"cannot open {path}: {error}; is it a ledger, and is its folder writable?") from None
     return database
 
 
@@ -293,11 +293,11 @@ _OTHER = Annotated[str, tyro.conf.arg(metavar="OTHER", help="The ledger whose an
 
 def _open_existing(path: str) -> tuple[sqlite3.Connection, dict[str, str]]:
     if not Path(path).is_file():
-        raise Stop(f"ledger {path} not found")
+        raise UserError(f"ledger {path} not found")
     database = _connect(Path(path))
     about = dict(database.execute("SELECT name, value FROM about"))
     if not about:
-        raise Stop(f"{path}: an empty ledger, no victim was ever asked")
+        raise UserError(f"{path}: an empty ledger, no victim was ever asked")
     return database, about
 
 
@@ -334,7 +334,7 @@ def verify(ledger: _LEDGER, /) -> None:
     if rows > int(about["num_queries"]):
         problems.append(f"{rows} answers but only {about['num_queries']} paid")
     if problems:
-        raise Stop(f"{ledger}: {'; '.join(problems)}")
+        raise UserError(f"{ledger}: {'; '.join(problems)}")
     print(f"{ledger}: {rows} answers, all whole and paid")
 
 
@@ -343,7 +343,7 @@ def export(ledger: _LEDGER, out: _OUT, /) -> None:
     database, about = _open_existing(ledger)
     found = database.execute("SELECT key, answer FROM answers ORDER BY id").fetchall()
     if not found:
-        raise Stop(f"{ledger}: no answers in it to export")
+        raise UserError(f"{ledger}: no answers in it to export")
     keys, rows = zip(*found, strict=True)
     answers = decode_answers(rows, _layout(about)).numpy()
     hexed = np.array([key.hex() for key in keys])
@@ -360,9 +360,9 @@ def export(ledger: _LEDGER, out: _OUT, /) -> None:
             import pyarrow
             from pyarrow import parquet
         except ImportError:
-            raise Stop("Parquet needs pyarrow: pip install pyarrow; or export to .npz") from None
+            raise UserError("Parquet needs pyarrow: pip install pyarrow; or export to .npz") from None
     elif not out.endswith(".npz"):
-        raise Stop(f"{out}: export to a file ending in .npz or .parquet")
+        raise UserError(f"{out}: export to a file ending in .npz or .parquet")
     write_atomically(out, write)
     print(f"{len(rows)} answers written to {out}")
 
@@ -371,12 +371,12 @@ def merge(into: _INTO, other: _OTHER, /) -> int:
     """Add the answers of OTHER to the ledger INTO. Both must be of one victim and surface; the bills add up."""
     (database, about), (_, theirs) = _open_existing(into), _open_existing(other)
     if Path(into).samefile(other):
-        raise Stop(f"{into} and {other} are one file; its answers are paid for once")
+        raise UserError(f"{into} and {other} are one file; its answers are paid for once")
     for name in ("victim", "fingerprint", "answers", "decimals", "classes"):
         if about[name] != theirs[name]:
-            raise Stop(f"{into} and {other} differ in {name}: {about[name][:60]} and {theirs[name][:60]}")
+            raise UserError(f"{into} and {other} differ in {name}: {about[name][:60]} and {theirs[name][:60]}")
     if _layout(about) != _layout(theirs):
-        raise Stop(f"one of {into} and {other} is exact (float32), the other is not")
+        raise UserError(f"one of {into} and {other} is exact (float32), the other is not")
     database.execute("ATTACH ? AS other", (other,))
     with database:
         added = database.execute(

@@ -20,21 +20,21 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce  # the one that gradients go through
 from tqdm import tqdm
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 
 
 def start(device: str = "auto") -> None:
-    """Join the other processes of this run, if a launcher started several. Raises Stop for a device that can't be shared."""
+    """Join the other processes of this run, if a launcher started several. Raises UserError for a device that can't be shared."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     if device not in ("auto", "cpu", "cuda"):
-        raise Stop(f"--device {device}: several processes take the GPUs in order; pass auto or cpu")
+        raise UserError(f"--device {device}: several processes take the GPUs in order; pass auto or cpu")
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     on_gpus, own = device != "cpu" and torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if on_gpus and own > torch.cuda.device_count():
-        raise Stop(f"{own} processes for {torch.cuda.device_count()} GPUs: start one for each, or pass --device cpu")
+        raise UserError(f"{own} processes for {torch.cuda.device_count()} GPUs: start one for each, or pass --device cpu")
     from accelerate import PartialState  # here, because it takes seconds to import
 
     # On GPUs tensors go round by NCCL and messages by gloo, which needn't wait for what the GPU is busy with.
@@ -83,9 +83,9 @@ def own_device() -> torch.device | None:
 
 
 def require_one(what: str) -> None:
-    """Raise Stop when there are several processes."""
+    """Raise UserError when there are several processes."""
     if num_processes() > 1:
-        raise Stop(f"{what} runs in one process; start it without torchrun or accelerate")
+        raise UserError(f"{what} runs in one process; start it without torchrun or accelerate")
 
 
 def own_share(items: Sequence | Tensor) -> Any:
@@ -127,7 +127,7 @@ class Ended(SystemExit):
 
 
 def from_first(function: Callable[[], Any]) -> Any:
-    """What `function` returns in the first process, where alone it is called. Its Stop ends all of them."""
+    """What `function` returns in the first process, where alone it is called. Its UserError ends all of them."""
     if num_processes() == 1:
         return function()
     from accelerate.utils import broadcast_object_list
@@ -136,7 +136,7 @@ def from_first(function: Callable[[], Any]) -> Any:
     if is_first():
         try:
             outcome[0] = function()
-        except Stop as stop:
+        except UserError as stop:
             error, outcome[1] = stop, True
     broadcast_object_list(outcome)
     if error is not None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 
 Masks = dict[str, Tensor]  # name of a weight -> bool of its shape: what survives
 
@@ -45,10 +45,10 @@ def prune_globally(trained: Mapping[str, Tensor], masks: Masks, sparsity: float)
 def schedule_sparsities(fraction: float, target: float) -> list[float]:
     """The sparsity after each round that prunes `fraction` of what is left, ending at `target` exactly.
 
-    Raises Stop when either is not between 0 and 1.
+    Raises UserError when either is not between 0 and 1.
     """
     if not (0 < fraction < 1 and 0 < target < 1):
-        raise Stop(f"--round-fraction {fraction} and --target-sparsity {target}: both must lie between 0 and 1")
+        raise UserError(f"--round-fraction {fraction} and --target-sparsity {target}: both must lie between 0 and 1")
     sparsities = []
     left = 1.0 - fraction
     while 1.0 - left < target:

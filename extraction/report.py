@@ -10,7 +10,7 @@ from torch import Tensor
 
 from extraction import processes
 from extraction.data.clips import report_broken
-from extraction.errors import BudgetExhausted, Stop, run_tool
+from extraction.errors import BudgetExhausted, UserError, run_tool
 from extraction.evaluation import Referee
 from extraction.ledger import Ledger
 from extraction.runs import Run
@@ -114,16 +114,16 @@ def print_results(*runs: dict) -> dict:
 
 
 def read_results(folder: str | Path) -> dict:
-    """The results of a finished run. Raises Stop, in one line, for a folder without, or without a student in them."""
+    """The results of a finished run. Raises UserError, in one line, for a folder without, or without a student in them."""
     path = Path(folder) / "results.json"
     try:
         results = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise Stop(f"{folder} has no results.json: not a finished run") from None
+        raise UserError(f"{folder} has no results.json: not a finished run") from None
     except (OSError, ValueError) as error:
-        raise Stop(f"{path}: not readable, truncated perhaps ({error})") from None
+        raise UserError(f"{path}: not readable, truncated perhaps ({error})") from None
     if not isinstance(results, dict) or "student" not in results:
-        raise Stop(f"{folder}: no student in it; the table has runs of the attacks")
+        raise UserError(f"{folder}: no student in it; the table has runs of the attacks")
     return results
 
 
@@ -136,12 +136,12 @@ def tabulate(
 ) -> None:
     """One table of several runs on the same held-out videos: their victims, their students, chance."""
     if not folders:
-        raise Stop("name the folder of a run, or several: python -m extraction.report RUN ...")
+        raise UserError("name the folder of a run, or several: python -m extraction.report RUN ...")
     runs = [read_results(folder) for folder in folders]
     for folder, run in zip(folders, runs, strict=True):
         for name in ("num_val_videos", "chance_top1"):
             if run[name] != runs[0][name]:
-                raise Stop(
+                raise UserError(
                     f"{folders[0]} and {folder} differ in {name}: {runs[0][name]:.4g} and {run[name]:.4g}; "
                     "only scores on the same held-out videos go into one table"
                 )

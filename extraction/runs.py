@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from extraction import processes
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.weights import read_checkpoint, write_atomically
 
 # Constants that may differ when a run is resumed: they change how fast it goes, not what comes out.
@@ -25,7 +25,7 @@ _FREE = {"device", "compile", "num_workers", "checkpoint_seconds", "out_dir"}
 class Run:
     """The folder of one run: `config.json`, `results.json`, TensorBoard events, pictures, and the state that resumes it.
 
-    Opening a folder that holds a run of other constants raises Stop, which names them. `finished` holds the results of a
+    Opening a folder that holds a run of other constants raises UserError, which names them. `finished` holds the results of a
     run that ended. Ctrl-C sets `stop_asked`, which loops look at after each step.
     """
 
@@ -43,7 +43,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise Stop(f"cannot make {self.folder}: {error.strerror}; choose another --out-dir") from None
+            raise UserError(f"cannot make {self.folder}: {error.strerror}; choose another --out-dir") from None
         self._refuse_other_constants()
         results = self.folder / "results.json"
         if not results.exists():
@@ -67,7 +67,7 @@ class Run:
         other = [k for k in self.config if k not in free and kept.get(k) != self.config[k]]
         if other:
             changes = ", ".join(f"{k} {kept.get(k)} -> {self.config[k]}" for k in other[:3])
-            raise Stop(f"{self.folder} holds a run with other constants ({changes}); choose another --out-dir or delete it")
+            raise UserError(f"{self.folder} holds a run with other constants ({changes}); choose another --out-dir or delete it")
 
     @property
     def seconds(self) -> float:
@@ -162,7 +162,7 @@ def current_commit() -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` (CUDA if there is one), or the device asked for. Raises Stop when that is not there.
+    """`auto` (CUDA if there is one), or the device asked for. Raises UserError when that is not there.
 
     With several processes each has its own.
     """
@@ -173,28 +173,28 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise Stop(f"device {name!r}: write auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"device {name!r}: write auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise Stop(f"device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here; use --device cpu")
+        raise UserError(f"device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here; use --device cpu")
     if device.type == "cuda" and device.index:
         torch.cuda.set_device(device)  # what asks for no device, such as waiting or pinning memory, means this one
     return device
 
 
 def check_at_least(config: Any, minimum: float, *names: str) -> None:
-    """Raise Stop for the first of the named constants that is below `minimum`."""
+    """Raise UserError for the first of the named constants that is below `minimum`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= minimum:  # NaN is not either
-            raise Stop(f"--{name.replace('_', '-')} {value}: it must be at least {minimum}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least {minimum}")
 
 
 def check_at_most(config: Any, maximum: float, *names: str) -> None:
-    """Raise Stop for the first of the named constants that is above `maximum`."""
+    """Raise UserError for the first of the named constants that is above `maximum`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value <= maximum:
-            raise Stop(f"--{name.replace('_', '-')} {value}: it must be at most {maximum}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at most {maximum}")
 
 
 def set_seed(seed: int) -> None:
@@ -208,7 +208,7 @@ def set_seed(seed: int) -> None:
 def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None = None) -> None:
     """The command line of a script: `config_class` turned into flags, its defaults those of `demo` under --demo.
 
-    Stop becomes its one line and exit status 1, Ctrl-C exit status 130.
+    UserError becomes its one line and exit status 1, Ctrl-C exit status 130.
     """
     import tyro
 
@@ -222,7 +222,7 @@ def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None
         processes.start(getattr(config, "device", "auto"))
         main(config)
         processes.end()
-    except Stop as error:
+    except UserError as error:
         if processes.is_first_to_say(str(error)):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         processes.leave(1)

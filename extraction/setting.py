@@ -8,7 +8,7 @@ from typing import Any
 from extraction.backend import Backend
 from extraction.data.clips import Clips
 from extraction.data.folders import find_videos, require_folder
-from extraction.errors import BudgetExhausted, Stop
+from extraction.errors import BudgetExhausted, UserError
 from extraction.evaluation import Referee
 from extraction.generators import GENERATORS
 from extraction.ledger import Ledger
@@ -19,7 +19,7 @@ from extraction.victims import Victim, load_model
 
 
 def require_inputs(config: Any, stage: bool = False) -> None:
-    """Raise Stop for a student that is none and for files of `config` that are missing, before the work of a run begins.
+    """Raise UserError for a student that is none and for files of `config` that are missing, before the work of a run begins.
 
     A `stage` goes on from the student that an earlier one saved.
     """
@@ -30,23 +30,23 @@ def require_inputs(config: Any, stage: bool = False) -> None:
             if stage
             else "put them there, pass --student-weights None to start from nothing, or try --demo"
         )
-        raise Stop(f"student weights {config.student_weights} not found: {instead}")
+        raise UserError(f"student weights {config.student_weights} not found: {instead}")
     require_lists(config)
 
 
 def require_lists(config: Any) -> None:
-    """Raise Stop for a list of videos that is missing."""
+    """Raise UserError for a list of videos that is missing."""
     for name in ("own_list", "data_list", "val_list"):
         listing = getattr(config, name, None)
         if listing is not None and not Path(re.sub(r":\d+$", "", listing)).exists():  # HMDB51's folder has a number after it
-            raise Stop(f"list {listing} not found: --{name.replace('_', '-')} names the videos to use")
+            raise UserError(f"list {listing} not found: --{name.replace('_', '-')} names the videos to use")
 
 
 def require_generator(name: str) -> None:
-    """Raise Stop when no generator that can learn is called so."""
+    """Raise UserError when no generator that can learn is called so."""
     learning = [known for known in GENERATORS if known != "noise"]
     if name not in learning:
-        raise Stop(f"no generator that learns is called {name!r}; there are {', '.join(learning)}")
+        raise UserError(f"no generator that learns is called {name!r}; there are {', '.join(learning)}")
 
 
 def repeat_results(results: dict) -> dict:
@@ -80,7 +80,7 @@ def open_setting(
 
     The referee looks at the middle clip of each video, `num_frames` frames every `stride`, `size` x `size` pixels.
     `exact` keeps all the digits of the victim's answers.
-    Raises Stop, before anything is paid, for what is missing and for a victim near chance (`check_victim`).
+    Raises UserError, before anything is paid, for what is missing and for a victim near chance (`check_victim`).
     """
     require_folder(val, "held-out labelled videos of the victim's task, in class folders,")
     ledger = Ledger(
@@ -108,7 +108,7 @@ UNRELATED = {
 
 
 def find_unrelated(names: Sequence[str], demo: bool = False) -> list[Path]:
-    """The folders of unrelated video: a name of `UNRELATED`, or a folder as it is. Raises Stop for a missing one."""
+    """The folders of unrelated video: a name of `UNRELATED`, or a folder as it is. Raises UserError for a missing one."""
     folders = [UNRELATED[name][demo] if name in UNRELATED else name for name in names]
     return [require_folder(folder, f"unrelated video ({', '.join(UNRELATED)})") for folder in folders]
 
@@ -116,9 +116,9 @@ def find_unrelated(names: Sequence[str], demo: bool = False) -> list[Path]:
 def load_stage(name: str, weights: str | Path, classes: Sequence[str], backend: Backend) -> tuple[Student, int]:
     """A student as an earlier stage saved it, head and all, and the queries it has cost so far.
 
-    Raises Stop when the file is missing, holds another student, or was made for other classes than the victim's.
+    Raises UserError when the file is missing, holds another student, or was made for other classes than the victim's.
     """
     student, about = load_student(name, weights)
     if tuple(about.get("classes", ())) != tuple(classes):
-        raise Stop(f"{weights}: a student of {student.num_classes} other classes than the victim's {len(classes)}")
+        raise UserError(f"{weights}: a student of {student.num_classes} other classes than the victim's {len(classes)}")
     return backend.place(student), about.get("num_queries", 0)

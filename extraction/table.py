@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.report import count_queries, draw_bars, read_results
 from extraction.weights import write_atomically
 
@@ -29,14 +29,14 @@ def run_all(
     """Run every experiment with every seed, each in a process and a run folder of its own: `out_dir/seed_0/name`.
 
     What is finished is not run again, what was interrupted goes on. Writes and prints the table, and returns it. `only`
-    names the experiments to take. Raises Stop for a name that is none, and at the end, with their names, when experiments
+    names the experiments to take. Raises UserError for a name that is none, and at the end, with their names, when experiments
     failed; the others are in the table all the same.
     """
     if not seeds:
-        raise Stop("--seeds: name at least one")
+        raise UserError("--seeds: name at least one")
     unknown = set(only) - {experiment.name for experiment in experiments}
     if unknown:
-        raise Stop(f"no experiment is called {min(unknown)}; there are {', '.join(e.name for e in experiments)}")
+        raise UserError(f"no experiment is called {min(unknown)}; there are {', '.join(e.name for e in experiments)}")
     experiments = [experiment for experiment in experiments if not only or experiment.name in only]
     failed = []
     for seed in seeds:
@@ -52,24 +52,24 @@ def run_all(
     failure = f"failed: {', '.join(failed)}; run the same again to try these once more"
     try:
         table = write_table(experiments, out_dir, seeds)
-    except Stop as error:
-        raise Stop(f"{error}; {failure}" if failed else str(error)) from None
+    except UserError as error:
+        raise UserError(f"{error}; {failure}" if failed else str(error)) from None
     print(f"\n{table}\nin {out_dir}/table.md and table.png")
     if failed:
-        raise Stop(failure)
+        raise UserError(failure)
     return table
 
 
 def write_table(experiments: Sequence[Experiment], out_dir: str | Path, seeds: Sequence[int]) -> str:
     """Write `table.md` and `table.png` into `out_dir` from the results there are. Returns the Markdown.
 
-    With several seeds a figure is their mean and standard deviation. Raises Stop when there are no results at all.
+    With several seeds a figure is their mean and standard deviation. Raises UserError when there are no results at all.
     """
     out_dir = Path(out_dir)
     found = {e.name: [r for seed in seeds if (r := _read(out_dir / f"seed_{seed}" / e.name))] for e in experiments}
     some = next((results[0] for results in found.values() if results), None)
     if some is None:
-        raise Stop(f"{out_dir}: no experiment has left results there")
+        raise UserError(f"{out_dir}: no experiment has left results there")
     lines = ["| experiment | victim | student | queries | top-1 | top-5 | agreement@1 | seconds | published top-5 / top-1 |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for experiment in experiments:

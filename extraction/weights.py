@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.processes import is_first
 
 _PICKLED = (
@@ -25,36 +25,36 @@ _PICKLED = (
 
 
 def read_checkpoint(path: str | Path) -> Any:
-    """Read a PyTorch file of tensors and plain values, on the CPU. Never runs code from it. Raises Stop."""
+    """Read a PyTorch file of tensors and plain values, on the CPU. Never runs code from it. Raises UserError."""
     path = Path(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise Stop(f"{path}: {_PICKLED}") from None
+        raise UserError(f"{path}: {_PICKLED}") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise Stop(f"{path}: not a readable weight file, truncated perhaps ({_first_line(error)})") from None
+        raise UserError(f"{path}: not a readable weight file, truncated perhaps ({_first_line(error)})") from None
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict (safetensors, or PyTorch's format with tensors only), on the CPU.
 
     A checkpoint that wraps it (`state_dict`, `model`, ...) is unwrapped, `module.` prefixes of parallel training are cut.
-    Raises Stop, in one line, for a file that is missing, truncated, not a state dict, or that would have to run code.
+    Raises UserError, in one line, for a file that is missing, truncated, not a state dict, or that would have to run code.
     """
     path = Path(path)
     if not path.is_file():
-        raise Stop(f"weights {path} not found")
+        raise UserError(f"weights {path} not found")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise Stop(f"{path}: not a readable weight file, truncated perhaps ({_first_line(error)})") from None
+            raise UserError(f"{path}: not a readable weight file, truncated perhaps ({_first_line(error)})") from None
     state = read_checkpoint(path)
     for wrapper in ("state_dict", "model_state_dict", "model_state", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise Stop(f"{path}: not a state dict; its values must be tensors")
+        raise UserError(f"{path}: not a state dict; its values must be tensors")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
@@ -71,7 +71,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {}).get("extraction", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
-        raise Stop(f"{path}: not a readable weight file, truncated perhaps ({_first_line(error)})") from None
+        raise UserError(f"{path}: not a readable weight file, truncated perhaps ({_first_line(error)})") from None
 
 
 def load_strictly(net: nn.Module, state: dict[str, Tensor], weights: str | Path, wanted: str) -> None:
@@ -86,7 +86,7 @@ def load_strictly(net: nn.Module, state: dict[str, Tensor], weights: str | Path,
             for what, keys in (("missing", missing), ("unknown", unknown), ("of another shape", shaped))
             if keys
         ]
-        raise Stop(f"{weights}: not the weights of {wanted}: keys {'; '.join(found)}")
+        raise UserError(f"{weights}: not the weights of {wanted}: keys {'; '.join(found)}")
     net.load_state_dict(state)
 
 
@@ -100,7 +100,7 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], about: Mapping[s
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file, fsync, rename: at `path` there is the old file or the whole new one, whatever happens.
 
-    Raises Stop, in one line, when the disk is full or the folder missing or read-only; the old file is then untouched. Of
+    Raises UserError, in one line, when the disk is full or the folder missing or read-only; the old file is then untouched. Of
     several processes the first one writes.
     """
     if not is_first():
@@ -122,8 +122,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         with contextlib.suppress(OSError):
             partial.unlink()
         if not path.parent.is_dir():
-            raise Stop(f"cannot write {path}: folder {path.parent} is not there") from None
-        raise Stop(
+            raise UserError(f"cannot write {path}: folder {path.parent} is not there") from None
+        raise UserError(
             f"cannot write {path}: {_first_line(error)}; make room (or choose another --out-dir), then run the same again"
         ) from None
 

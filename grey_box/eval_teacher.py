@@ -19,7 +19,7 @@ from extraction.backend import choose_backend
 from extraction.data.clips import Clips, report_broken
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, require_folder
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.evaluation import parse_views, predict_videos, score, write_class_table
 from extraction.report import percent
 from extraction.runs import check_at_least, run_script
@@ -118,7 +118,7 @@ def main(config: Config) -> dict:
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Stop(f"cannot make {table.parent}: {error.strerror}; choose another --out-dir") from None
+        raise UserError(f"cannot make {table.parent}: {error.strerror}; choose another --out-dir") from None
     write_class_table(table, said.probs, said.labels, victim.classes)
     chance = 1 / len(victim.classes)
     print(f"{name}: top-1 {percent(results['top1'])} %, top-5 {percent(results['top5'])} % (chance {percent(chance)} %)")

@@ -9,7 +9,7 @@ from extraction.backend import COMPILE_AFTER, choose_backend
 from extraction.data.clips import Clips
 from extraction.data.folders import find_videos
 from extraction.data_free import kl_loss
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.evaluation import predict_videos
 from extraction.generators import create_generator
 from extraction.preprocess import Preprocessed
@@ -21,9 +21,9 @@ def test_a_cpu_is_exact_and_never_compiles_unless_asked():
     assert choose_backend("cpu") == (torch.device("cpu"), torch.float32, None)
     assert choose_backend("cpu", "bf16", "on") == (torch.device("cpu"), torch.bfloat16, 1)
     assert choose_backend("cpu", "fp32", "off").compile_after is None
-    with pytest.raises(Stop, match="--precision half: write auto, fp32 or bf16"):
+    with pytest.raises(UserError, match="--precision half: write auto, fp32 or bf16"):
         choose_backend("cpu", "half")
-    with pytest.raises(Stop, match="--compile yes: write auto, on or off"):
+    with pytest.raises(UserError, match="--compile yes: write auto, on or off"):
         choose_backend("cpu", compile="yes")
 
 

@@ -21,7 +21,7 @@ import torch
 from extraction.data.clips import Clips, Unreadable, decode_clip, probe
 from extraction.data.demo import ACTIONS, SHAPES, create_clip, write_video
 from extraction.data.folders import Video
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.runs import Run, choose_device
 from extraction.weights import read_checkpoint, read_state, save_weights
 
@@ -175,7 +175,7 @@ def test_mutations_of_real_videos_raise_nothing_else_and_leak_nothing(tmp_path, 
 def test_weight_files(tmp_path, write, read, line):
     path = tmp_path / "weights.pth"
     write(path)
-    with pytest.raises(Stop, match=line) as caught:
+    with pytest.raises(UserError, match=line) as caught:
         read(path)
     assert "\n" not in str(caught.value)
     assert "weights.pth" in str(caught.value)
@@ -185,26 +185,26 @@ def test_truncated_safetensors(tmp_path):
     path = tmp_path / "w.safetensors"
     save_weights(path, {"a": torch.zeros(1000)}, {})
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(Stop, match="truncated"):
+    with pytest.raises(UserError, match="truncated"):
         read_state(path)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(Stop, match=r"cannot write .*w.safetensors: folder .*nowhere is not there$"):
+    with pytest.raises(UserError, match=r"cannot write .*w.safetensors: folder .*nowhere is not there$"):
         save_weights(tmp_path / "nowhere" / "w.safetensors", {"a": torch.zeros(1)}, {})
 
 
 def test_impossible_shapes_and_devices():
-    with pytest.raises(Stop, match="num_frames is 0: it must be at least 1"):
+    with pytest.raises(UserError, match="num_frames is 0: it must be at least 1"):
         Clips([], 0)
-    with pytest.raises(Stop, match="write auto, cpu, cuda"):
+    with pytest.raises(UserError, match="write auto, cpu, cuda"):
         choose_device("tpu9000")
 
 
 def test_a_class_whose_videos_are_all_broken_is_named(tmp_path, good):
     (tmp_path / "sad").mkdir()
     (tmp_path / "sad" / "a.mp4").write_bytes(b"")
-    with pytest.raises(Stop, match=r"sad: none of its videos can be read \(a.mp4: empty file\)"):
+    with pytest.raises(UserError, match=r"sad: none of its videos can be read \(a.mp4: empty file\)"):
         Clips([Video(good, 0), Video(tmp_path / "sad" / "a.mp4", 1)], 8, size=32)
 
 
@@ -212,7 +212,7 @@ def test_a_class_whose_videos_are_all_broken_is_named(tmp_path, good):
 def test_a_folder_that_cannot_be_written(demo_set):
     from grey_box import swin_to_r21_kd
 
-    with pytest.raises(Stop, match=r"cannot make /proc/runs: .*; choose another --out-dir"):
+    with pytest.raises(UserError, match=r"cannot make /proc/runs: .*; choose another --out-dir"):
         Run("x", "/proc/runs", swin_to_r21_kd.Config())
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from extraction.data.augment import Augmentation, create_views
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.preprocess import fit_clips
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -53,7 +53,7 @@ def test_answers_of_another_victim_are_noticed(demo_set, capsys, monkeypatch):
 
     monkeypatch.setattr(train_step, "create_victim", create_spoilt)
     config = train_step.Config(**TINY, demo_set=str(demo_set))
-    with pytest.raises(Stop, match="not the victim's"):
+    with pytest.raises(UserError, match="not the victim's"):
         train_step.check_answers(config, train_step.SCALES["demo"], torch.device("cpu"))
     assert "NOT MET" in capsys.readouterr().out
 
@@ -63,7 +63,7 @@ def test_live_answers_that_were_kept_are_noticed(tmp_path, monkeypatch):
     setting, backend = train_step.SCALES["demo"]._replace(batch_size=2), train_step.choose_backend("cpu")
     step = train_step.build_ours(setting, backend, tmp_path, kept=False)
     step()
-    with pytest.raises(Stop, match="2 clips paid for after 2 batches"):
+    with pytest.raises(UserError, match="2 clips paid for after 2 batches"):
         step()
 
 
@@ -106,9 +106,9 @@ def test_growth_runs_points_in_processes_of_their_own_and_draws_them(tmp_path, c
 
 
 def test_an_unknown_axis_or_row_is_one_line():
-    with pytest.raises(Stop, match="--axes clips: there are batch_size"):
+    with pytest.raises(UserError, match="--axes clips: there are batch_size"):
         train_step.main(train_step.Config(**TINY, growth=True, axes=("clips",)))
-    with pytest.raises(Stop, match="--alone theirs: there are 2022"):
+    with pytest.raises(UserError, match="--alone theirs: there are 2022"):
         train_step.main(train_step.Config(**TINY, alone="theirs"))
 
 
@@ -141,7 +141,7 @@ def test_an_iteration_with_another_bill_is_noticed(data_free_config, tmp_path, m
     scale, constants = data_free_step.choose_constants(data_free_config, backend)
     monkeypatch.setattr(data_free_step.Attacker, "step_student", lambda attacker: None)
     monkeypatch.setattr(data_free_step.Attacker, "step_replay", lambda attacker: None)
-    with pytest.raises(Stop, match="asked about 6 clips, not 16"):
+    with pytest.raises(UserError, match="asked about 6 clips, not 16"):
         data_free_step.build_ours(scale, constants, backend, tmp_path)()
 
 

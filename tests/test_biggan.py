@@ -15,7 +15,7 @@ from extraction import biggan, ledger
 from extraction.biggan import PUBLISHED, BigGAN, Shape, create_demo_biggan, fold_spectral_norm, load_biggan
 from extraction.data.images import Layer, Paths
 from extraction.embeddings import Codes, Sampling, code_size, find_codes, sample_clips
-from extraction.errors import BudgetExhausted, Stop
+from extraction.errors import BudgetExhausted, UserError
 from extraction.weights import save_weights
 
 SMALL = Shape(16, 16, 10, ((True, 16, 8), (True, 8, 4), (True, 4, 2), (False, 2, 1)), attention=2)
@@ -94,19 +94,19 @@ def test_published_files_are_loaded_strictly(tmp_path):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
     torch.save({k: v for k, v in state.items() if not k.startswith("generator.layers.1.conv_1")}, tmp_path / "part.bin")
-    with pytest.raises(Stop, match=r"part.bin: not the weights of BigGAN-deep: keys 2 missing \(generator.layers.1.conv_1"):
+    with pytest.raises(UserError, match=r"part.bin: not the weights of BigGAN-deep: keys 2 missing \(generator.layers.1.conv_1"):
         load_biggan(tmp_path / "part.bin", SMALL)
     torch.save(state | {"extra": torch.zeros(1)}, tmp_path / "more.bin")
-    with pytest.raises(Stop, match=r"1 unknown \(extra\)"):
+    with pytest.raises(UserError, match=r"1 unknown \(extra\)"):
         load_biggan(tmp_path / "more.bin", SMALL)
-    with pytest.raises(Stop, match="of another shape"):
+    with pytest.raises(UserError, match="of another shape"):
         load_biggan(tmp_path / "net.bin", SMALL._replace(num_classes=11))
     (tmp_path / "cut.bin").write_bytes((tmp_path / "net.bin").read_bytes()[:5000])
-    with pytest.raises(Stop, match=r"cut.bin: not a readable weight file"):
+    with pytest.raises(UserError, match=r"cut.bin: not a readable weight file"):
         load_biggan(tmp_path / "cut.bin", SMALL)
-    with pytest.raises(Stop, match=r"nowhere.bin not found: https://.*biggan-deep-128-pytorch_model.bin belongs there"):
+    with pytest.raises(UserError, match=r"nowhere.bin not found: https://.*biggan-deep-128-pytorch_model.bin belongs there"):
         load_biggan(tmp_path / "nowhere.bin")
-    with pytest.raises(Stop, match="truncation 0"):
+    with pytest.raises(UserError, match="truncation 0"):
         BigGAN(SMALL, truncation=0.0)
 
 
@@ -301,7 +301,7 @@ def test_a_budget_that_ends_in_the_search_leaves_a_student_and_says_that_it_is_u
 def test_weights_of_another_network_are_found_before_the_search_is_paid(demo_set, tmp_path):
     save_weights(tmp_path / "other.safetensors", {"a": torch.zeros(1)}, {})
     config = small(biggan_with_swin, demo_set, tmp_path / "run", student_weights=str(tmp_path / "other.safetensors"))
-    with pytest.raises(Stop, match=r"other\.safetensors"):
+    with pytest.raises(UserError, match=r"other\.safetensors"):
         biggan_with_swin.main(config)
     assert ledger.count(str(tmp_path / "run" / "ledger.sqlite")) == 0
 

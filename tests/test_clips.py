@@ -14,7 +14,7 @@ from extraction.data.augment import Augmentation, create_views, view_key
 from extraction.data.clips import Clips, Unreadable, decode_clip, load_batches, probe
 from extraction.data.demo import ACTIONS, SHAPES, create_clip, list_classes, write_video
 from extraction.data.folders import find_videos
-from extraction.errors import Stop
+from extraction.errors import UserError
 
 
 def counting_video(path: Path, num_frames: int = 60, width: int = 64, height: int = 48) -> Path:
@@ -155,7 +155,7 @@ def test_lists_choose_and_name_what_is_missing(tmp_path):
     (tmp_path / "list.txt").write_text("a/x_000003_000013.mp4\n")
     assert len(find_videos(tmp_path, ["a"], listing=tmp_path / "list.txt")) == 1
     (tmp_path / "list.txt").write_text("a/x_000003_000013.mp4\na/gone.mp4\n")
-    with pytest.raises(Stop, match=r"1 of its 2 files missing below .*gone.mp4"):
+    with pytest.raises(UserError, match=r"1 of its 2 files missing below .*gone.mp4"):
         find_videos(tmp_path, ["a"], listing=tmp_path / "list.txt")
     with (tmp_path / "val.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -175,14 +175,14 @@ def test_lists_choose_and_name_what_is_missing(tmp_path):
 )
 def test_bad_folders_get_one_line(tmp_path, make, line):
     make(tmp_path / "root")
-    with pytest.raises(Stop, match=line):
+    with pytest.raises(UserError, match=line):
         find_videos(tmp_path / "root", ["a", "b"])
 
 
 def test_a_class_without_a_readable_video_stops(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "bad.mp4").write_bytes(b"x")
-    with pytest.raises(Stop, match="none of its videos can be read"):
+    with pytest.raises(UserError, match="none of its videos can be read"):
         Clips(find_videos(tmp_path, ["a"]), 8, size=32)
 
 

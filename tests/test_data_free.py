@@ -30,7 +30,7 @@ from extraction.data_free import (
     l1_loss,
     pairwise_distance,
 )
-from extraction.errors import BudgetExhausted, Stop
+from extraction.errors import BudgetExhausted, UserError
 from extraction.generators import create_generator
 from extraction.ledger import Ledger, export, verify
 from extraction.runs import Run
@@ -165,9 +165,9 @@ def test_methods_and_schedules_are_the_published_ones():
     assert steps == pytest.approx([1, 1, 0.3, 0.09, 0.027, 0.027])
     assert [SCHEDULES["cosine"](done) for done in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
     for surface in ("label", "top5"):
-        with pytest.raises(Stop, match=f"--answers {surface}: dfme needs one of logits, probs"):
+        with pytest.raises(UserError, match=f"--answers {surface}: dfme needs one of logits, probs"):
             find_method("dfme", surface)
-    with pytest.raises(Stop, match="no method is called 'mace'; there are maze, dfme"):
+    with pytest.raises(UserError, match="no method is called 'mace'; there are maze, dfme"):
         find_method("mace", "probs")
 
 
@@ -250,7 +250,7 @@ def test_the_ledger_keeps_every_digit_and_forgets_answers_but_not_the_bill(tmp_p
     ledger.query(clips[:1], keys[:1])
     assert ledger.num_queries == 5
     ledger.close()
-    with pytest.raises(Stop, match="keeps answers packed as logits, this run wants probs"):
+    with pytest.raises(UserError, match="keeps answers packed as logits, this run wants probs"):
         open_ledger(exact=False)
 
 
@@ -491,7 +491,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(configure):
 )
 def test_bad_constants_get_one_line(module, change, line, configure):
     constants = {attack_video_swin: ATTACK, conditional_gan_with_swin: CGAN}.get(module, SMALL)
-    with pytest.raises(Stop, match=line) as caught:
+    with pytest.raises(UserError, match=line) as caught:
         module.main(dataclasses.replace(configure(module, constants), **change))
     assert "\n" not in str(caught.value)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import eval_only
 from extraction.data.clips import count_cores, load_batches
 from extraction.distill import answers_to_targets, distillation_loss
-from extraction.errors import BudgetExhausted, Stop
+from extraction.errors import BudgetExhausted, UserError
 from extraction.ledger import Ledger
 from extraction.students import create_student
 from extraction.victims import load_victim
@@ -122,7 +122,7 @@ def test_eval_only_checks_the_class_list_and_keeps_both_tables(demo_set, tmp_pat
     for config in (plain, dataclasses.replace(plain, unseen=True)):
         eval_only.main(config)
     assert {path.name for path in tmp_path.glob("*.csv")} == {"student.classes.csv", "student.unseen.classes.csv"}
-    with pytest.raises(Stop, match="--classes nothere: neither one of k400, k600 nor a file"):
+    with pytest.raises(UserError, match="--classes nothere: neither one of k400, k600 nor a file"):
         eval_only.main(dataclasses.replace(plain, classes="nothere"))
 
 
@@ -167,12 +167,12 @@ def test_resumes_to_the_same_bits_from_any_step(config, tmp_path, monkeypatch):
 
 def test_other_constants_are_refused_in_the_same_folder(config):
     swin_to_r21_kd.main(dataclasses.replace(config, epochs=1))
-    with pytest.raises(Stop, match=r"holds a run with other constants \(epochs 1 -> 2\)"):
+    with pytest.raises(UserError, match=r"holds a run with other constants \(epochs 1 -> 2\)"):
         swin_to_r21_kd.main(config)
 
 
 def test_a_loss_that_is_not_finite_stops_and_says_where(config):
-    with pytest.raises(Stop, match=r"the loss became (nan|inf) in epoch 1, batch \d"):
+    with pytest.raises(UserError, match=r"the loss became (nan|inf) in epoch 1, batch \d"):
         swin_to_r21_kd.main(dataclasses.replace(config, head_lr=1e30, body_lr=1e30))
 
 
@@ -193,7 +193,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_where(config):
     ],
 )
 def test_bad_constants_get_one_line(config, change, line):
-    with pytest.raises(Stop, match=line) as caught:
+    with pytest.raises(UserError, match=line) as caught:
         swin_to_r21_kd.main(dataclasses.replace(config, **change))
     assert "\n" not in str(caught.value)
 
@@ -204,9 +204,9 @@ def test_rounded_answers_are_what_the_student_learns_from(config, tmp_path):
     answers = kept.query(torch.zeros(76, 3, 16, 48, 48), [key for key, _ in kept])
     assert set((10 * answers).round().int().flatten().tolist()) > {0, 10}
     assert torch.equal(answers, answers.round(decimals=1))
-    with pytest.raises(Stop, match="keeps decimals 1, this run wants 2"):
+    with pytest.raises(UserError, match="keeps decimals 1, this run wants 2"):
         Ledger(tmp_path / "run" / "ledger.sqlite", lambda spent: load_victim("demo_swin", decimals=2), "probs", 2)
-    with pytest.raises(Stop, match="--decimals 10: it must be from 0 to 9"):
+    with pytest.raises(UserError, match="--decimals 10: it must be from 0 to 9"):
         swin_to_r21_kd.main(dataclasses.replace(config, decimals=10, out_dir=str(tmp_path / "other")))
 
 

@@ -16,7 +16,7 @@ import train_victim
 from extraction import victims
 from extraction.data.clips import Clips
 from extraction.data.folders import find_videos, normalise_class
-from extraction.errors import BudgetExhausted, Stop
+from extraction.errors import BudgetExhausted, UserError
 from extraction.evaluation import Referee, check_victim, predict_videos, score
 from extraction.ledger import Ledger
 from extraction.preprocess import fit_clips
@@ -32,7 +32,7 @@ def random_clips(*shape: int) -> torch.Tensor:
 
 
 def stop_line(name: str, weights=None) -> str:
-    with pytest.raises(Stop) as caught:
+    with pytest.raises(UserError) as caught:
         load_victim(name, weights)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -89,7 +89,7 @@ def test_a_trained_movinet_answers_through_the_door_as_called_directly(tmp_path)
     assert victim.classes == tuple(classes)
     with torch.no_grad():
         torch.testing.assert_close(victim.query(clips), model.net(fit_clips(clips, 16, 48)), atol=1e-3, rtol=1e-4)
-    with pytest.raises(Stop, match="no architecture is called 'lstm'"):
+    with pytest.raises(UserError, match="no architecture is called 'lstm'"):
         create_network("lstm", 5, 16, 48)
 
 
@@ -446,7 +446,7 @@ def forget_the_weights(model):
 def test_preflight_refuses(demo_set, tmp_path, spoil):
     torch.manual_seed(0)
     classes, model = spoil(load_model("demo_swin"))
-    with pytest.raises(Stop, match="wrong weights, wrong class order, wrong preprocessing") as caught:
+    with pytest.raises(UserError, match="wrong weights, wrong class order, wrong preprocessing") as caught:
         open_referee(demo_set, tmp_path, classes, lambda: model)
     assert "\n" not in str(caught.value)
     assert open_referee(demo_set, tmp_path, classes, lambda: model, min_victim_top1=0).victim_scores["top1"] < 0.25
@@ -455,10 +455,10 @@ def test_preflight_refuses(demo_set, tmp_path, spoil):
 @pytest.mark.parametrize(("num_classes", "least"), [(2, 0.75), (12, 0.25), (400, 3 / 400)])
 def test_the_least_that_passes(num_classes, least):
     check_victim({"top1": least + 1e-6}, num_classes)
-    with pytest.raises(Stop):
+    with pytest.raises(UserError):
         check_victim({"top1": least - 1e-6}, num_classes)
     check_victim({"top1": 0.0}, num_classes, 0)
-    with pytest.raises(Stop):
+    with pytest.raises(UserError):
         check_victim({"top1": 0.79}, num_classes, 0.8)
 
 
@@ -477,7 +477,7 @@ def test_clips_of_another_scale_are_refused_and_not_billed(demo_set, tmp_path, s
     victim = load_victim("demo_swin", query_budget=4)
     ledger = Ledger(tmp_path / "l.sqlite", lambda spent: victim, "probs")
     for ask in (victim.query, lambda wrong: ledger.query(wrong, [bytes(16), bytes([1]) * 16])):
-        with pytest.raises(Stop, match=line) as caught:
+        with pytest.raises(UserError, match=line) as caught:
             ask(change(clips))
         assert "\n" not in str(caught.value)
     assert (victim.num_queries, ledger.num_queries, len(ledger)) == (0, 0, 0)
@@ -486,7 +486,7 @@ def test_clips_of_another_scale_are_refused_and_not_billed(demo_set, tmp_path, s
     ledger.close()
     # The referee's way in: whatever stands between the clips and the model is found before anything is paid or kept.
     model = load_model("demo_swin")
-    with pytest.raises(Stop, match="a victim takes RGB in"):
+    with pytest.raises(UserError, match="a victim takes RGB in"):
         open_referee(demo_set, tmp_path / "r", model.classes, lambda: lambda clips: model(change(clips)))
     with closing(sqlite3.connect(tmp_path / "r" / "ledger.sqlite")) as kept:
         assert kept.execute("SELECT (SELECT count(*) FROM referee) + (SELECT count(*) FROM answers)").fetchone() == (0,)
@@ -532,7 +532,7 @@ def test_a_missing_name_or_file_is_found_before_anything_is_made_or_asked(name, 
     assert {"student", "student_weights", "val_list"} <= set(fields)
     for field in fields:
         constants = script.DEMO | {"student_weights": __file__, field: MISSING[field], "out_dir": "run"}
-        with pytest.raises(Stop, match=MISSING[field]) as caught:
+        with pytest.raises(UserError, match=MISSING[field]) as caught:
             script.main(script.Config(**constants))
         assert "\n" not in str(caught.value)
         assert list(tmp_path.iterdir()) == []
@@ -551,7 +551,7 @@ def test_constants_out_of_their_range_get_one_line(name, tmp_path, monkeypatch):
     config = script.Config(**script.DEMO)
     for field in WRONG.keys() & vars(config).keys():
         line = f"--{field.replace('_', '-')} {WRONG[field]}: it must be at {'most 1' if WRONG[field] == 3 else 'least'}"
-        with pytest.raises(Stop, match=line):
+        with pytest.raises(UserError, match=line):
             script.main(replace(config, **{field: WRONG[field]}))
     assert list(tmp_path.iterdir()) == []
 
@@ -559,9 +559,9 @@ def test_constants_out_of_their_range_get_one_line(name, tmp_path, monkeypatch):
 def test_an_architecture_that_is_none_is_found_before_videos_are_looked_at(demo_set, tmp_path, monkeypatch):
     monkeypatch.setattr(train_victim, "Clips", None)
     config = train_victim.Config(str(demo_set / "val"), architecture="nonsense", device="cpu", out_dir=str(tmp_path))
-    with pytest.raises(Stop, match="no architecture is called 'nonsense'"):
+    with pytest.raises(UserError, match="no architecture is called 'nonsense'"):
         train_victim.main(config)
-    with pytest.raises(Stop, match=r"list nothere\.txt not found: --data-list"):
+    with pytest.raises(UserError, match=r"list nothere\.txt not found: --data-list"):
         train_victim.main(replace(config, data_list="nothere.txt"))
 
 

@@ -12,7 +12,7 @@ from extraction.data.clips import Clips
 from extraction.data.demo import write_video
 from extraction.data.folders import find_videos, group_videos, read_classes
 from extraction.data.subsets import choose_share, write_subset
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.students import create_student
 from extraction.victims import KNOWN_CLASSES
 from extraction.weights import save_weights
@@ -29,7 +29,7 @@ def found(root: Path, classes, split=None, listing=None) -> list[tuple[str, int]
 
 
 def stop_line(*args, **options) -> str:
-    with pytest.raises(Stop) as caught:
+    with pytest.raises(UserError) as caught:
         find_videos(*args, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -232,7 +232,7 @@ def test_eval_only_scores_on_kinetics_600(tmp_path, capsys):
     assert eval_only.main(config)["top1"] == 0.5
     table = (tmp_path / "student.classes.csv").read_text().splitlines()
     assert table[1:] == [f"{k600[0]},1,0.0000,1.0000", f"{k600[427]},1,1.0000,1.0000"]
-    with pytest.raises(Stop, match="its head has 600 classes, the class list 400"):
+    with pytest.raises(UserError, match="its head has 600 classes, the class list 400"):
         eval_only.main(eval_only.Config(**(vars(config) | {"classes": "k400"})))
 
 
@@ -308,7 +308,7 @@ def test_subset_of_a_kinetics_csv(kinetics, tmp_path):
 def test_subset_wrong_cases(labelled, tmp_path, monkeypatch, spoil, options, line):
     spoil(labelled)
     monkeypatch.chdir(labelled)
-    with pytest.raises(Stop, match=line) as caught:
+    with pytest.raises(UserError, match=line) as caught:
         write_subset(str(labelled), str(tmp_path / "out.txt"), **({"split": "train"} | options))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.txt").exists()
@@ -317,5 +317,5 @@ def test_subset_wrong_cases(labelled, tmp_path, monkeypatch, spoil, options, lin
 def test_subset_of_videos_outside_folders_of_their_class_stops(kinetics, tmp_path):
     for path in list(kinetics.rglob("*.mp4")):
         path.rename(kinetics / path.name)
-    with pytest.raises(Stop, match="is in no folder of that name"):
+    with pytest.raises(UserError, match="is in no folder of that name"):
         write_subset(str(kinetics), str(tmp_path / "l.txt"), listing=str(kinetics / "all.csv"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.generators import GENERATORS, ConvGRU, DVDGenerator, create_generator
 
 LEARNED = ["dvdgan_small", "deconv_small", "layered"]
@@ -129,9 +129,9 @@ def test_gradients_reach_the_layered_generators_every_number():
 
 
 def test_a_generator_or_size_that_is_not_there_gets_one_line():
-    with pytest.raises(Stop, match="no generator is called 'gan'; there are dvdgan"):
+    with pytest.raises(UserError, match="no generator is called 'gan'; there are dvdgan"):
         create_generator("gan", 7, 16, 48)
     for size in (50, 17, 3):
-        with pytest.raises(Stop, match="--size of generated clips must be"):
+        with pytest.raises(UserError, match="--size of generated clips must be"):
             create_generator("dvdgan", 7, 16, size)
     assert set(LEARNED) < set(GENERATORS)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from extraction import crafting, pruning
-from extraction.errors import BudgetExhausted, Stop
+from extraction.errors import BudgetExhausted, UserError
 from extraction.students import create_student, load_student
 from extraction.weights import read_state, save_weights
 from grey_box import (
@@ -168,7 +168,7 @@ def test_pruning_takes_the_least_magnitudes_of_all_weights_together():
 def test_the_rounds_prune_a_share_of_what_is_left_and_end_on_the_target():
     assert pruning.schedule_sparsities(0.2, 0.5) == pytest.approx([0.2, 0.36, 0.488, 0.5])
     assert pruning.schedule_sparsities(0.5, 0.5) == [0.5]
-    with pytest.raises(Stop, match="--target-sparsity 1"):
+    with pytest.raises(UserError, match="--target-sparsity 1"):
         pruning.schedule_sparsities(0.2, 1.0)
 
 
@@ -220,12 +220,12 @@ def test_a_ticket_is_zero_where_it_is_pruned_after_every_step(dense, demo_set, t
 
 def test_a_stage_says_what_it_waits_for(dense, demo_set, tmp_path):
     config = small(swin_to_vit_finetune, demo_set, tmp_path / "run")
-    with pytest.raises(Stop, match="run that first"):
+    with pytest.raises(UserError, match="run that first"):
         swin_to_vit_finetune.main(dataclasses.replace(config, student_weights="nowhere.safetensors"))
     made = create_student("vit_demo", 3)
     other = tmp_path / "other.safetensors"
     save_weights(other, made.net.state_dict(), dict(student="vit_demo", classes=["a", "b", "c"]))
-    with pytest.raises(Stop, match="3 other classes than the victim's 12"):
+    with pytest.raises(UserError, match="3 other classes than the victim's 12"):
         swin_to_vit_finetune.main(dataclasses.replace(config, student_weights=str(other)))
 
 

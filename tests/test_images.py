@@ -12,7 +12,7 @@ from PIL import Image
 from black_box import natural_images_label_only, stacked_images_with_movinet, stacked_images_with_swin
 from extraction import ledger
 from extraction.data.images import Images, Layer, Paths, create_clips, draw_texture, read_image, write_demo_images
-from extraction.errors import BudgetExhausted, Stop
+from extraction.errors import BudgetExhausted, UserError
 from extraction.weights import save_weights
 
 TWO = Paths(16, stacked_images_with_swin.DEMO["layers"])
@@ -131,10 +131,10 @@ def test_clips_go_through_all_images_before_one_comes_again_and_have_names_of_th
 
 
 def test_missing_and_empty_folders_get_one_line(tmp_path):
-    with pytest.raises(Stop, match=r"folder .*nowhere not found"):
+    with pytest.raises(UserError, match=r"folder .*nowhere not found"):
         Images(tmp_path / "nowhere", None, 1, 48)
     (tmp_path / "bad.png").write_text("x")
-    with pytest.raises(Stop, match=r"no readable image in it \(bad.png: not an image\)"):
+    with pytest.raises(UserError, match=r"no readable image in it \(bad.png: not an image\)"):
         Images(tmp_path, None, 1, 48)
 
 
@@ -210,7 +210,7 @@ def test_label_only_bills_as_its_docstring_says_and_trains_on_a_balanced_set(lab
 
 def test_weights_of_another_network_are_found_before_the_search_is_paid(label_only, tmp_path):
     save_weights(tmp_path / "other.safetensors", {"a": torch.zeros(1)}, {})
-    with pytest.raises(Stop, match=r"other\.safetensors"):
+    with pytest.raises(UserError, match=r"other\.safetensors"):
         natural_images_label_only.main(dataclasses.replace(label_only, student_weights=str(tmp_path / "other.safetensors")))
     assert ledger.count(str(tmp_path / "run" / "ledger.sqlite")) == 0
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from extraction import ledger as ledger_module
-from extraction.errors import BudgetExhausted, Stop
+from extraction.errors import BudgetExhausted, UserError
 from extraction.ledger import Ledger, decode_answers, encode_answers
 from extraction.victims import load_victim
 
@@ -74,18 +74,18 @@ def test_a_full_ledger_needs_no_victim(tmp_path, clips, capsys):
     assert "answering from" in capsys.readouterr().out
     assert torch.equal(ledger.query(clips, KEYS), paid)
     assert ledger.num_classes == 12
-    with pytest.raises(Stop, match="1 views are not in"):
+    with pytest.raises(UserError, match="1 views are not in"):
         ledger.query(clips[:1], [b"x" * 16])
-    with pytest.raises(Stop, match=r"nowhere.safetensors not found"):
+    with pytest.raises(UserError, match=r"nowhere.safetensors not found"):
         without_weights(tmp_path / "new.sqlite")
 
 
 def test_answers_serve_only_the_surface_they_were_bought_at(tmp_path, clips):
     open_ledger(tmp_path / "l.sqlite", "label").query(clips, KEYS)
-    with pytest.raises(Stop, match="keeps answers label, this run wants probs"):
+    with pytest.raises(UserError, match="keeps answers label, this run wants probs"):
         open_ledger(tmp_path / "l.sqlite", "probs")
     open_ledger(tmp_path / "r.sqlite", "probs", decimals=2).query(clips, KEYS)
-    with pytest.raises(Stop, match="keeps decimals 2"):
+    with pytest.raises(UserError, match="keeps decimals 2"):
         open_ledger(tmp_path / "r.sqlite", "probs")
 
 
@@ -105,7 +105,7 @@ def test_nothing_paid_binds_nobody(tmp_path, clips):
     assert (other.victim, other.num_queries, len(other)) == ("demo_movinet", 0, 0)
     other.query(clips, KEYS)
     other.close()
-    with pytest.raises(Stop, match=r"keeps victim demo_movinet .*, this run wants demo_swin"):
+    with pytest.raises(UserError, match=r"keeps victim demo_movinet .*, this run wants demo_swin"):
         open_ledger(path)
     again = Ledger(path, lambda spent: load_victim("demo_movinet", num_queries=spent), "probs")
     assert (again.num_queries, len(again)) == (5, 5)
@@ -117,7 +117,7 @@ def test_what_was_paid_for_and_forgotten_binds(tmp_path, clips):
     ledger.forget(b"\xff")
     assert (len(ledger), ledger.num_queries) == (0, 5)
     ledger.close()
-    with pytest.raises(Stop, match="keeps answers probs, this run wants label"):
+    with pytest.raises(UserError, match="keeps answers probs, this run wants label"):
         open_ledger(tmp_path / "l.sqlite", "label")
 
 
@@ -133,7 +133,7 @@ def test_a_run_that_pays_nothing_goes_on_without_the_victim(tmp_path):
 
 def test_a_file_that_is_no_ledger_gets_one_line(tmp_path):
     (tmp_path / "l.sqlite").write_bytes(b"something else" * 1000)
-    with pytest.raises(Stop, match=r"cannot open .*l.sqlite: file is not a database"):
+    with pytest.raises(UserError, match=r"cannot open .*l.sqlite: file is not a database"):
         open_ledger(tmp_path / "l.sqlite")
 
 
@@ -141,7 +141,7 @@ def test_an_answer_and_its_bill_are_one_transaction(tmp_path, clips):
     ledger = open_ledger(tmp_path / "l.sqlite")
     ledger.query(clips[:2], KEYS[:2])
     ledger._database.execute("CREATE TRIGGER full BEFORE UPDATE ON about BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
-    with pytest.raises(Stop, match="disk is full; make room"):
+    with pytest.raises(UserError, match="disk is full; make room"):
         ledger.query(clips, KEYS)
     ledger._database.execute("DROP TRIGGER full")
     assert len(ledger) == ledger.num_queries == 2
@@ -185,12 +185,12 @@ def test_the_tool_counts_verifies_exports_and_merges(tmp_path, clips, capsys):
     with database:
         database.execute("UPDATE answers SET answer = substr(answer, 2) WHERE id = 1")
         database.execute("UPDATE about SET value = '4' WHERE name = 'num_queries'")
-    with pytest.raises(Stop, match=r"1 answers of another length than 24 bytes; 5 answers but only 4 paid"):
+    with pytest.raises(UserError, match=r"1 answers of another length than 24 bytes; 5 answers but only 4 paid"):
         ledger_module.verify(str(first))
     open_ledger(tmp_path / "labels.sqlite", "label").query(clips, KEYS)
-    with pytest.raises(Stop, match="differ in answers: probs and label"):
+    with pytest.raises(UserError, match="differ in answers: probs and label"):
         ledger_module.merge(str(second), str(tmp_path / "labels.sqlite"))
-    with pytest.raises(Stop, match="not found"):
+    with pytest.raises(UserError, match="not found"):
         ledger_module.count(str(tmp_path / "none.sqlite"))
 
 
@@ -199,7 +199,7 @@ def test_a_ledger_is_not_merged_with_itself(tmp_path, clips):
     open_ledger(path).query(clips, KEYS)
     link.symlink_to(path)
     for other in (path, link):
-        with pytest.raises(Stop, match="are one file"):
+        with pytest.raises(UserError, match="are one file"):
             ledger_module.merge(str(path), str(other))
     ledger_module.verify(str(path))
     assert open_ledger(path).num_queries == 5
@@ -208,13 +208,13 @@ def test_a_ledger_is_not_merged_with_itself(tmp_path, clips):
 def test_what_cannot_be_exported_gets_one_line_and_leaves_nothing(tmp_path, clips):
     path, out = tmp_path / "l.sqlite", tmp_path / "l.npz"
     ledger = open_ledger(path)
-    with pytest.raises(Stop, match=r"l.sqlite: no answers in it to export"):
+    with pytest.raises(UserError, match=r"l.sqlite: no answers in it to export"):
         ledger_module.export(str(path), str(out))
     ledger.query(clips, KEYS)
-    with pytest.raises(Stop, match=r"folder .*nowhere is not there") as caught:
+    with pytest.raises(UserError, match=r"folder .*nowhere is not there") as caught:
         ledger_module.export(str(path), str(tmp_path / "nowhere" / "l.npz"))
     assert "\n" not in str(caught.value)
-    with pytest.raises(Stop, match=r"ending in .npz or .parquet"):
+    with pytest.raises(UserError, match=r"ending in .npz or .parquet"):
         ledger_module.export(str(path), str(tmp_path / "l.csv"))
     assert not [file for file in tmp_path.iterdir() if not file.name.startswith("l.sqlite")]
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.preprocess import Preprocessed
 from extraction.victims import movinet
 from extraction.victims.movinet import MODELS, MoViNet, load_movinet_state
@@ -419,7 +419,7 @@ def test_converts_once_to_safetensors(demo, tmp_path, capsys):
     assert_same_state(load_movinet_state(out, "demo"), model.state_dict())
     assert read_metadata(out) == {"architecture": "movinet_demo"}
     assert torch.equal(torch.get_rng_state(), seed)  # loading draws no random numbers of the caller's
-    with pytest.raises(Stop, match="not the weights of MoViNet-A2"):
+    with pytest.raises(UserError, match="not the weights of MoViNet-A2"):
         movinet.convert(tmp_path / "w.npz", out)
 
 
@@ -448,7 +448,7 @@ def damage(arrays, how):
 def test_damaged_weights_are_named(tmp_path, how, words):
     path = tmp_path / "w.npz"
     np.savez(path, **damage(keras_arrays("demo"), how))
-    with pytest.raises(Stop) as stop:
+    with pytest.raises(UserError) as stop:
         load_movinet_state(path, "demo")
     line = str(stop.value)
     assert "\n" not in line
@@ -465,10 +465,10 @@ def test_unreadable_files_stop_in_one_line(demo, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.safetensors").write_bytes(b"\0" * 9)
     for name in ("cut.npz", "pointer", "empty", "cut.safetensors", "nowhere", "nowhere.npz", "nowhere.safetensors"):
-        with pytest.raises(Stop, match=re.escape(str(tmp_path / name))) as stop:
+        with pytest.raises(UserError, match=re.escape(str(tmp_path / name))) as stop:
             load_movinet_state(tmp_path / name)
         assert "\n" not in str(stop.value)
-    with pytest.raises(Stop, match="a9"):
+    with pytest.raises(UserError, match="a9"):
         load_movinet_state(tmp_path / "cut.npz", "a9")
 
 
@@ -476,7 +476,7 @@ def test_unreadable_files_stop_in_one_line(demo, tmp_path):
 def test_without_tensorflow_its_files_say_what_to_do(tmp_path, monkeypatch, name):
     (tmp_path / name).touch()
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(Stop, match="pip install tensorflow, or convert once elsewhere: python -m") as stop:
+    with pytest.raises(UserError, match="pip install tensorflow, or convert once elsewhere: python -m") as stop:
         load_movinet_state(tmp_path)
     assert "\n" not in str(stop.value)
 
@@ -531,5 +531,5 @@ def test_reads_tensorflow_files(tf, demo, tmp_path, kind, generation):
     assert_same_state(load_movinet_state(path, "demo"), model.state_dict())
     data = next(tmp_path.rglob("*.data-00000-of-00001"))
     data.write_bytes(data.read_bytes()[:1000])
-    with pytest.raises(Stop, match="not a readable TensorFlow checkpoint"):
+    with pytest.raises(UserError, match="not a readable TensorFlow checkpoint"):
         load_movinet_state(path, "demo")

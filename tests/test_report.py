@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.report import print_results, tabulate
 
 RESULTS = dict(
@@ -56,7 +56,7 @@ def test_each_victim_has_one_row_whatever_the_order(tmp_path, capsys):
 @pytest.mark.parametrize(("name", "value"), [("num_val_videos", 24), ("chance_top1", 0.1)])
 def test_other_videos_are_not_put_beside(tmp_path, capsys, name, value):
     runs = write_run(tmp_path / "a"), write_run(tmp_path / "b"), write_run(tmp_path / "c", **{name: value})
-    with pytest.raises(Stop, match=rf"a and .*c differ in {name}: .* and {value};"):
+    with pytest.raises(UserError, match=rf"a and .*c differ in {name}: .* and {value};"):
         tabulate(runs)
     assert capsys.readouterr().out == ""
 
@@ -75,7 +75,7 @@ def test_what_is_no_run_of_a_student_gets_one_line(tmp_path, content, line):
     (tmp_path / "run").mkdir()
     if content is not None:
         (tmp_path / "run" / "results.json").write_text(content, "latin-1")
-    with pytest.raises(Stop, match=line) as caught:
+    with pytest.raises(UserError, match=line) as caught:
         tabulate((write_run(tmp_path / "good"), tmp_path / "run"))
     assert "\n" not in str(caught.value)
 

@@ -8,7 +8,7 @@ import timm
 import torch
 import torchvision
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.students import create_student, load_student, split_windows
 from extraction.students.c3d import C3D
 from extraction.students.r2plus1d import FlatConv3d, create_r2plus1d_34
@@ -33,7 +33,7 @@ def test_a_head_of_another_task_is_replaced_and_the_body_kept(tmp_path):
     assert torch.equal(student.net.stages[0].weight, released.net.stages[0].weight)
     same_task = create_student("r2plus1d_tiny", 359, tmp_path / "released.pth")
     assert not torch.equal(same_task.head.weight, released.head.weight)  # an attacker never starts with a trained head
-    with pytest.raises(Stop, match="not the weights of r3d_18"):
+    with pytest.raises(UserError, match="not the weights of r3d_18"):
         create_student("r3d_18", 12, tmp_path / "released.pth")
 
 
@@ -60,7 +60,7 @@ def test_a_saved_student_comes_back_whole(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(clips), student(clips))
     assert len(about["classes"]) == 12
-    with pytest.raises(Stop, match="holds a r2plus1d_tiny, not a r3d_18"):
+    with pytest.raises(UserError, match="holds a r2plus1d_tiny, not a r3d_18"):
         load_student("r3d_18", tmp_path / "s.safetensors")
 
 

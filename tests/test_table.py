@@ -5,7 +5,7 @@ import json
 import pytest
 
 from extraction import table as table_module
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.table import Experiment, run_all, write_table
 
 SCRIPT = """
@@ -37,7 +37,7 @@ def experiments(tmp_path):
 
 def test_a_failure_is_named_and_only_what_is_missing_runs_again(experiments, tmp_path):
     runs = tmp_path / "runs"
-    with pytest.raises(Stop, match=r"failed: second \(seed 0\), second \(seed 1\)"):
+    with pytest.raises(UserError, match=r"failed: second \(seed 0\), second \(seed 1\)"):
         run_all(experiments, runs, True, (0, 1))
     table = (runs / "table.md").read_text()
     assert "| second | - | - | - | - | - | - | - | - / 8.3 |" in table
@@ -54,20 +54,20 @@ def test_a_failure_is_named_and_only_what_is_missing_runs_again(experiments, tmp
     assert argv[argv.index("--from") + 1] == f"{runs}/seed_1/first/student"
     assert "--demo" in argv
     assert "| second |" not in run_all(experiments, runs, True, (0,), ("first",))
-    with pytest.raises(Stop, match="no experiment is called third; there are first, second"):
+    with pytest.raises(UserError, match="no experiment is called third; there are first, second"):
         run_all(experiments, runs, True, (0,), ("third",))
 
 
 def test_no_results_at_all_is_one_line(tmp_path):
-    with pytest.raises(Stop, match="no experiment has left results"):
+    with pytest.raises(UserError, match="no experiment has left results"):
         write_table([Experiment("none", "nowhere.py", "-")], tmp_path, (0,))
-    with pytest.raises(Stop, match="--seeds: name at least one"):
+    with pytest.raises(UserError, match="--seeds: name at least one"):
         run_all([Experiment("none", "nowhere.py", "-")], tmp_path, False, ())
 
 
 def test_when_everything_fails_all_are_named(experiments, tmp_path):
     never = [Experiment(name, experiments[0].script, "-", ("--fail", str(tmp_path / "never"))) for name in ("one", "two")]
-    with pytest.raises(Stop, match=r"no experiment has left results there; failed: one \(seed 3\), two \(seed 3\)") as caught:
+    with pytest.raises(UserError, match=r"no experiment has left results there; failed: one \(seed 3\), two \(seed 3\)") as caught:
         run_all(never, tmp_path / "runs", False, (3,))
     assert "\n" not in str(caught.value)
 
@@ -84,7 +84,7 @@ def test_results_cut_short_get_one_line(experiments, tmp_path):
     run_all(experiments[:1], tmp_path, False, (0,))
     results = tmp_path / "seed_0" / "first" / "results.json"
     results.write_text(results.read_text()[:50])
-    with pytest.raises(Stop, match=r"results.json: not readable, truncated perhaps"):
+    with pytest.raises(UserError, match=r"results.json: not readable, truncated perhaps"):
         run_all(experiments[:1], tmp_path, False, (0,))
 
 

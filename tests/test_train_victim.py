@@ -8,7 +8,7 @@ import pytest
 
 import train_victim
 from extraction.data.demo import ACTIONS, SHAPES, create_clip
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.victims import load_victim
 from grey_box import swin_to_r21_kd
 
@@ -57,5 +57,5 @@ def test_a_file_of_another_kind_is_no_trained_victim(tmp_path, footage):
     from extraction.weights import save_weights
 
     save_weights(tmp_path / "student.safetensors", {}, {"student": "r2plus1d_tiny", "classes": ["a"]})
-    with pytest.raises(Stop, match=r"not a victim made by train_victim.py"):
+    with pytest.raises(UserError, match=r"not a victim made by train_victim.py"):
         load_victim("trained", tmp_path / "student.safetensors")

@@ -15,7 +15,7 @@ from extraction.data.clips import decode_clip, probe
 from extraction.data.demo import write_video
 from extraction.data.folders import find_videos
 from extraction.data.transcode import transcode, transcode_folder
-from extraction.errors import Stop
+from extraction.errors import UserError
 
 
 def counting_video(path: Path, num_frames: int = 30, side: int = 64) -> Path:
@@ -58,7 +58,7 @@ def test_copies_keep_frames_and_folders(tmp_path, capsys):
     before = [copy.stat().st_mtime_ns for copy in copies]
     transcode_folder(str(tmp_path / "in"), str(tmp_path / "out"), short_side=32)
     assert before == [copy.stat().st_mtime_ns for copy in copies]
-    with pytest.raises(Stop, match="holds videos of other options"):
+    with pytest.raises(UserError, match="holds videos of other options"):
         transcode_folder(str(tmp_path / "in"), str(tmp_path / "out"))
 
 
@@ -131,7 +131,7 @@ def test_bad_input_gets_one_line(tmp_path, source, out, options, line):
     for path in ("in/one/a.mp4", "twins/one/a.mp4", "twins/one/a.avi", "full/notes.txt", "empty/one/notes.txt"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-    with pytest.raises(Stop, match=line) as stop:
+    with pytest.raises(UserError, match=line) as stop:
         transcode_folder(str(tmp_path / source), str(tmp_path / out), **options)
     assert "\n" not in str(stop.value)
     assert not (tmp_path / "out").exists()
@@ -155,5 +155,5 @@ def test_the_benchmark_runs(tmp_path, capsys):
         assert line in said
     script["draw_videos"](tmp_path, 64, 48, 1, 5)
     assert decode_clip(tmp_path / "0.mp4", 2, 3).shape == (3, 48, 64, 3)
-    with pytest.raises(Stop, match="too many for 2 batches"):
+    with pytest.raises(UserError, match="too many for 2 batches"):
         script["main"](script["Config"](str(tmp_path / "in"), **small | {"num_workers": (2,)}))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
-from extraction.errors import BudgetExhausted, Stop
+from extraction.errors import BudgetExhausted, UserError
 from extraction.victims import ANSWERS, load_model, load_victim, shape_answers, swin
 from extraction.weights import load_strictly, read_state, save_weights
 
@@ -80,7 +80,7 @@ def test_no_attribute_of_the_door_leads_to_the_model():
     ],
 )
 def test_bad_arguments_get_one_line(change, line):
-    with pytest.raises(Stop, match=line) as caught:
+    with pytest.raises(UserError, match=line) as caught:
         load_victim(**(dict(name="demo_swin") | change))
     assert "\n" not in str(caught.value)
 
@@ -138,17 +138,17 @@ def test_wrong_and_truncated_checkpoints_name_the_keys(tmp_path):
     del state["features.0.0.attn.qkv.weight"]
     state["patch_embed.extra"] = torch.zeros(1)
     torch.save(state, tmp_path / "wrong.pth")
-    with pytest.raises(Stop, match=r"1 missing \(features.0.0.attn.qkv.weight\); 1 unknown \(patch_embed.extra\)"):
+    with pytest.raises(UserError, match=r"1 missing \(features.0.0.attn.qkv.weight\); 1 unknown \(patch_embed.extra\)"):
         load_model("swin_t_k400", tmp_path / "wrong.pth")
     whole = (tmp_path / "wrong.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(Stop, match=r"cut.pth: not a readable weight file, truncated"):
+    with pytest.raises(UserError, match=r"cut.pth: not a readable weight file, truncated"):
         load_model("swin_t_k400", tmp_path / "cut.pth")
     small = swin.create_swin("swin_t", 12).state_dict()
     torch.save(small, tmp_path / "classes.pth")
-    with pytest.raises(Stop, match="the head has 12 classes, swin_t_k400 has 400"):
+    with pytest.raises(UserError, match="the head has 12 classes, swin_t_k400 has 400"):
         load_model("swin_t_k400", tmp_path / "classes.pth")
-    with pytest.raises(Stop, match="not the weights of swin_s"):
+    with pytest.raises(UserError, match="not the weights of swin_s"):
         load_strictly(swin.create_swin("swin_s", 12), small, "classes.pth", "swin_s")
 
 
@@ -164,7 +164,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
     torch.save({"model": _Bomb()}, tmp_path / "bomb.pth")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
     for name in ("bomb.pth", "module.pth"):
-        with pytest.raises(Stop, match="convert it once in a throw-away environment"):
+        with pytest.raises(UserError, match="convert it once in a throw-away environment"):
             read_state(tmp_path / name)
     assert not Path("/tmp/extraction-pickle-ran").exists()
 

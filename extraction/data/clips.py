@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from extraction.data.folders import Video
-from extraction.errors import Stop
+from extraction.errors import UserError
 
 av.logging.set_level(None)  # what is wrong with a file is said once, by us, at the end
 _MAX_PIXELS = 8192 * 8192
@@ -199,7 +199,7 @@ class Clips(Dataset):
     """The clips of a list of videos: `num_frames` every `stride`, one each `step` frames, `size` x `size` pixels.
 
     With `views=(N, M)` each video gives N clips spread evenly over its length, each in M crops along the long side: the
-    way videos are scored. `broken` lists the videos that were left out, each with its reason; Stop is raised when that
+    way videos are scored. `broken` lists the videos that were left out, each with its reason; UserError is raised when that
     leaves a class empty.
     """
 
@@ -215,7 +215,7 @@ class Clips(Dataset):
     ):
         for name, value in (("num_frames", num_frames), ("stride", stride), ("step", step), ("size", size)):
             if value is not None and value < 1:
-                raise Stop(f"{name} is {value}: it must be at least 1")
+                raise UserError(f"{name} is {value}: it must be at least 1")
         self.num_frames, self.stride, self.size = num_frames, stride, size
         self.windows: list[Window] = []
         self.broken: list[tuple[Path, str]] = []
@@ -245,7 +245,7 @@ class Clips(Dataset):
         for video in videos:
             if video.label in lost:
                 reason = next(reason for path, reason in self.broken if path == video.path)
-                raise Stop(f"{video.path.parent}: none of its videos can be read ({video.path.name}: {reason})")
+                raise UserError(f"{video.path.parent}: none of its videos can be read ({video.path.name}: {reason})")
 
     def joined(self, *others: "Clips") -> "Clips":
         """These clips followed by others of the same length, stride and size."""

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 
 EXTENSIONS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".ogv", ".m4v", ".wmv", ".flv", ".3gp", ".ts"}
 # What the halves of a dataset are called, in folders (Moments in Time: training, validation) and in Kinetics' CSVs.
@@ -24,10 +24,10 @@ def normalise_class(name: str) -> str:
 
 
 def require_folder(root: str | Path, belongs: str) -> Path:
-    """`root` as a Path. Raises Stop with what belongs there when it is missing."""
+    """`root` as a Path. Raises UserError with what belongs there when it is missing."""
     root = Path(root)
     if not root.is_dir():
-        raise Stop(f"folder {root} not found: {belongs} belongs there; or try --demo")
+        raise UserError(f"folder {root} not found: {belongs} belongs there; or try --demo")
     return root
 
 
@@ -52,7 +52,7 @@ def list_classes(root: str | Path, split: str | None = None) -> list[str]:
     folder = _class_folders(Path(root), split)
     names = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not names:
-        raise Stop(f"{folder}: no class folders in it; it must be laid out as class/video files")
+        raise UserError(f"{folder}: no class folders in it; it must be laid out as class/video files")
     return names
 
 
@@ -82,14 +82,14 @@ def find_videos(
     - HMDB51's folder `testTrainMulti_7030_splits`, with `:2` or `:3` after it for its other splits: the videos that it
       marks for `split`, "train" or "val" (its test set), else both.
 
-    Raises Stop for a missing folder, an empty class, a class that `classes` does not have, or a list naming missing files.
+    Raises UserError for a missing folder, an empty class, a class that `classes` does not have, or a list naming missing files.
     """
     root = require_folder(root, belongs)
     known = None if classes is None else {normalise_class(name): label for label, name in enumerate(classes)}
     where, videos = group_videos(root, split, listing, known)
     unknown = [name for name in videos if known is not None and normalise_class(name) not in known]
     if unknown:
-        raise Stop(f"{where}: {_some(unknown)} not among the victim's {len(classes)} classes; move them or rename them")
+        raise UserError(f"{where}: {_some(unknown)} not among the victim's {len(classes)} classes; move them or rename them")
     refuse_empty_classes(where, videos)
     return sorted(
         Video(path, -1 if known is None else known[normalise_class(name)]) for name, paths in videos.items() for path in paths
@@ -102,7 +102,7 @@ def group_videos(
     """The videos of each class, by the name its folder or list gives it; a class without any has an empty list.
 
     Arguments are those of `find_videos`; `known`: normalised names of the classes there are, which tell a class folder
-    from one inside it. Returns what was read, for messages, too. Raises Stop as `find_videos` does.
+    from one inside it. Returns what was read, for messages, too. Raises UserError as `find_videos` does.
     """
     if listing is not None:
         return Path(listing), _read_listing(root, split, listing, known)
@@ -111,10 +111,10 @@ def group_videos(
 
 
 def refuse_empty_classes(where: Path, videos: dict[str, list[Path]]) -> None:
-    """Raise Stop, by name, for classes without a video; `where` is the folder or list that has them."""
+    """Raise UserError, by name, for classes without a video; `where` is the folder or list that has them."""
     empty = [name for name, paths in videos.items() if not paths]
     if empty:
-        raise Stop(f"{where}: no video in {_some(empty)}; fill or remove it")
+        raise UserError(f"{where}: no video in {_some(empty)}; fill or remove it")
 
 
 def _find_files(folder: Path) -> list[Path]:
@@ -139,13 +139,13 @@ def _read_listing(root: Path, split: str | None, listing: str | Path, known: Con
     elif Path(splits).is_dir():
         videos = _read_hmdb(_class_folders(root, None), Path(splits), number or "1", split)
     else:
-        raise Stop(f"list {listing} not found: it names the videos of {root} to use")
+        raise UserError(f"list {listing} not found: it names the videos of {root} to use")
     named = [video for paths in videos.values() for video in paths]
     missing = [video for video in named if not video.is_file()]
     if missing:
-        raise Stop(f"{listing}: {len(missing)} of its {len(named)} files missing below {root}, the first {missing[0]}")
+        raise UserError(f"{listing}: {len(missing)} of its {len(named)} files missing below {root}, the first {missing[0]}")
     if not named:
-        raise Stop(f"{listing}: names no video that is below {root}")
+        raise UserError(f"{listing}: names no video that is below {root}")
     return videos
 
 
@@ -161,7 +161,7 @@ def _read_lines(path: Path) -> list[str]:
     try:
         return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise Stop(f"{path}: not a readable text file ({error})") from None
+        raise UserError(f"{path}: not a readable text file ({error})") from None
 
 
 def _below(root: Path, folder: Path, name: str) -> Path:
@@ -193,14 +193,14 @@ def _read_hmdb(root: Path, splits: Path, number: str, split: str | None) -> dict
     ending = f"_test_split{number}.txt"
     files = sorted(splits.glob(f"*{ending}"))
     if not files:
-        raise Stop(f"{splits}: no file *{ending} in it; HMDB51 has the splits 1, 2 and 3, as in {splits}:2")
+        raise UserError(f"{splits}: no file *{ending} in it; HMDB51 has the splits 1, 2 and 3, as in {splits}:2")
     wanted, videos = {"train": "1", "val": "2", "test": "2"}.get(split, "12"), {}
     for file in files:
         name = file.name.removesuffix(ending)
         marks = [line.rsplit(maxsplit=1) for line in _read_lines(file)]
         wrong = [line for line in marks if len(line) != 2 or line[1] not in ("0", "1", "2")]
         if wrong:
-            raise Stop(f"{file}: {' '.join(wrong[0])!r} is not a video and its mark, 0, 1 or 2")
+            raise UserError(f"{file}: {' '.join(wrong[0])!r} is not a video and its mark, 0, 1 or 2")
         videos[name] = [_or_copy(root / name / video) for video, mark in marks if mark in wanted]
     return videos
 
@@ -210,7 +210,7 @@ def _read_csv(root: Path, split: str | None, listing: Path) -> dict[str, list[Pa
         with listing.open(newline="", encoding="utf-8-sig") as file:
             first, *rows = [row for row in csv.reader(file) if row] or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise Stop(f"{listing}: not a readable CSV file ({error})") from None
+        raise UserError(f"{listing}: not a readable CSV file ({error})") from None
     if {"label", "youtube_id"} <= set(first):
         return _group_kinetics(root, split, listing, [dict(zip(first, row, strict=False)) for row in rows])
     if len(first) > 1 and Path(first[0]).suffix.lower() in EXTENSIONS and all(len(row) > 1 for row in rows):
@@ -218,7 +218,7 @@ def _read_csv(root: Path, split: str | None, listing: Path) -> dict[str, list[Pa
         inner = _class_folders(root, split)
         named = [(name if "/" in name else f"{own}/{name}", own) for name, own, *_ in [first, *rows]]
         return _group((_below(root, inner, name), own) for name, own in named)
-    raise Stop(
+    raise UserError(
         f"{listing}: neither a Kinetics CSV (its first line names the columns label and youtube_id) "
         "nor one of Moments in Time (lines of class/file.mp4,class,...)"
     )
@@ -236,7 +236,7 @@ def _group_kinetics(root: Path, split: str | None, listing: Path, rows: list[dic
             if row.get("time_start"):
                 stem += f"_{int(float(row['time_start'])):06d}_{int(float(row['time_end'])):06d}"
         except (KeyError, ValueError):
-            raise Stop(f"{listing}: row {number} is not a row of Kinetics' CSV ({', '.join(row.values())})") from None
+            raise UserError(f"{listing}: row {number} is not a row of Kinetics' CSV ({', '.join(row.values())})") from None
         path = files.get(stem) or files.get(row["youtube_id"])
         if path is not None:
             own.append(path)

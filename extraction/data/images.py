@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from extraction.data.demo import locked
 from extraction.data.folders import require_folder
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.weights import fingerprint
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
@@ -62,7 +62,7 @@ class Images(Dataset):
     """Pictures for clips out of any tree of images: `num_clips` clips of `num_layers` pictures each, `size` x `size` pixels.
 
     The bottom pictures go through all images, in an order drawn from `seed`, before one comes again (None: each once);
-    those on top are drawn from `seed` too. `broken` lists the images that were left out, each with its reason. Raises Stop
+    those on top are drawn from `seed` too. `broken` lists the images that were left out, each with its reason. Raises UserError
     for a missing folder and for one without a readable image.
     """
 
@@ -79,7 +79,7 @@ class Images(Dataset):
                     self.files.append((path, mark))
         if not self.files:
             why = f" ({self.broken[0][0].name}: {self.broken[0][1]})" if self.broken else ""
-            raise Stop(f"{root}: no readable image in it{why}; put images there (jpg, png, ...)")
+            raise UserError(f"{root}: no readable image in it{why}; put images there (jpg, png, ...)")
         draw = np.random.default_rng(seed)
         self.windows = []
         while len(self.windows) < (num_clips or len(self.files)):

@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from extraction.data.folders import SPLITS, group_videos, normalise_class, refuse_empty_classes
-from extraction.errors import Stop, run_tool
+from extraction.errors import UserError, run_tool
 from extraction.weights import write_atomically
 
 
@@ -51,10 +51,10 @@ def write_subset(
         listing: Draw only from the videos that this list names: a text file, a CSV, or HMDB51's folder of splits.
     """
     if not 0 < share <= 1:
-        raise Stop(f"--share {share}: write a fraction above 0 and up to 1, such as 0.05")
+        raise UserError(f"--share {share}: write a fraction above 0 and up to 1, such as 0.05")
     root = Path(folder)
     if not root.is_dir():
-        raise Stop(f"folder {folder} not found: it holds the labelled videos, in class folders")
+        raise UserError(f"folder {folder} not found: it holds the labelled videos, in class folders")
     where, videos = group_videos(root, split, listing)
     names = {own: [path.relative_to(root).as_posix() for path in paths] for own, paths in videos.items()}
     _refuse_unreadable(where, names, "pass --split train or --split val" if split is None else f"{root} has no {split} half")
@@ -77,11 +77,11 @@ def _refuse_unreadable(where: Path, names: dict[str, list[str]], of_halves: str)
     """A list of paths says a video's class by its folder."""
     halves = [name for name in names if name in sum(SPLITS.values(), ())]
     if halves:
-        raise Stop(f"{where}: not classes but halves in it ({', '.join(halves)}); {of_halves}")
+        raise UserError(f"{where}: not classes but halves in it ({', '.join(halves)}); {of_halves}")
     for own, paths in names.items():
         for path in paths:
             if normalise_class(own) not in map(normalise_class, Path(path).parts[:-1]):
-                raise Stop(f"{where}: {path} of class {own!r} is in no folder of that name; lay it out as class/video")
+                raise UserError(f"{where}: {path} of class {own!r} is in no folder of that name; lay it out as class/video")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from extraction.data.clips import Unreadable, describe_error, open_video_stream, report_broken, view_plane
 from extraction.data.folders import EXTENSIONS
-from extraction.errors import Stop, run_tool
+from extraction.errors import UserError, run_tool
 from extraction.weights import write_atomically
 
 _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
@@ -54,14 +54,14 @@ def transcode_folder(
     """
     started, root, target = time.monotonic(), Path(source), Path(out)
     if not root.is_dir():
-        raise Stop(f"folder {source} not found: it holds the videos to transcode")
+        raise UserError(f"folder {source} not found: it holds the videos to transcode")
     for name, value, least, most in (("short-side", short_side, 2, 4096), ("gop", gop, 1, 1000), ("crf", crf, 0, 51)):
         if not least <= value <= most:
-            raise Stop(f"--{name} {value}: write a number from {least} to {most}")
+            raise UserError(f"--{name} {value}: write a number from {least} to {most}")
     if short_side % 2:
-        raise Stop(f"--short-side {short_side}: H.264 wants an even number")
+        raise UserError(f"--short-side {short_side}: H.264 wants an even number")
     if workers is not None and workers < 1:
-        raise Stop(f"--workers {workers}: it must be at least 1")
+        raise UserError(f"--workers {workers}: it must be at least 1")
     copies = _find_copies(root, target)
     _claim(target, {"short_side": short_side, "gop": gop, "crf": crf})
     todo = {video: copy for video, copy in copies.items() if not copy.exists()}
@@ -89,7 +89,7 @@ def _find_copies(root: Path, target: Path) -> dict[Path, Path]:
     """The videos below `root`, each with where its copy belongs."""
     inner, outer = target.resolve(), root.resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        raise Stop(f"{target} and {root} lie in one another; choose a folder outside")
+        raise UserError(f"{target} and {root} lie in one another; choose a folder outside")
     copies: dict[Path, Path] = {}
     for folder, names, files in os.walk(root, followlinks=True):
         names[:] = sorted(name for name in names if not name.startswith("."))
@@ -98,11 +98,11 @@ def _find_copies(root: Path, target: Path) -> dict[Path, Path]:
             if video.suffix.lower() in EXTENSIONS:
                 copies[video] = (target / video.relative_to(root)).with_suffix(".mp4")
     if not copies:
-        raise Stop(f"{root}: no video in it")
+        raise UserError(f"{root}: no video in it")
     if len(set(copies.values())) < len(copies):
         seen: dict[Path, Path] = {}
         one, other = next((seen[copy], video) for video, copy in copies.items() if seen.setdefault(copy, video) != video)
-        raise Stop(f"{one} and {other.name} would have the same copy; rename one")
+        raise UserError(f"{one} and {other.name} would have the same copy; rename one")
     return copies
 
 
@@ -111,14 +111,14 @@ def _claim(target: Path, options: dict[str, int]) -> None:
     stamp = target / ".transcode.json"
     if stamp.exists():
         if (kept := stamp.read_text()) != json.dumps(options):
-            raise Stop(f"{target} holds videos of other options ({kept}); choose another folder or delete it")
+            raise UserError(f"{target} holds videos of other options ({kept}); choose another folder or delete it")
         return
     try:
         if target.exists() and any(target.iterdir()):
-            raise Stop(f"{target} is not empty, and not of this command; choose another folder")
+            raise UserError(f"{target} is not empty, and not of this command; choose another folder")
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Stop(f"cannot make {target}: {error.strerror}; choose another folder") from None
+        raise UserError(f"cannot make {target}: {error.strerror}; choose another folder") from None
     write_atomically(stamp, lambda file: file.write(json.dumps(options).encode()))
 
 
@@ -132,7 +132,7 @@ def _transcode_one(video: Path, copy: Path, short_side: int, gop: int, crf: int)
 def transcode(video: Path, copy: Path, short_side: int = 256, gop: int = 8, crf: int = 18) -> str | None:
     """Transcode one video; its copy appears when it is whole. Returns what ended a damaged one early, if anything did.
 
-    Raises Unreadable when no frame can be had, Stop when the copy cannot be written.
+    Raises Unreadable when no frame can be had, UserError when the copy cannot be written.
     """
     damage: list[str] = []
     try:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.preprocess import Preprocessed, fit_clips
 from extraction.weights import load_strictly, read_metadata, read_state
 
@@ -107,15 +107,15 @@ class Student(Preprocessed):
 
 
 def require_student(name: str) -> None:
-    """Raise Stop when no student is called so."""
+    """Raise UserError when no student is called so."""
     if name not in STUDENTS:
-        raise Stop(f"no student is called {name!r}; there are {', '.join(STUDENTS)}")
+        raise UserError(f"no student is called {name!r}; there are {', '.join(STUDENTS)}")
 
 
 def create_student(name: str, num_classes: int, weights: str | Path | None = None) -> Student:
     """A student for an attack, its head always fresh, its body from `weights` (any state dict of the network) if given.
 
-    Raises Stop when the file is missing or its body is another network's.
+    Raises UserError when the file is missing or its body is another network's.
     """
     student = Student(name, num_classes)
     if weights is not None:
@@ -138,10 +138,10 @@ def load_student(name: str, weights: str | Path) -> tuple[Student, dict]:
     require_student(name)
     state, about = read_state(weights), read_metadata(weights)
     if about.get("student", name) != name:
-        raise Stop(f"{weights}: holds a {about['student']}, not a {name}")
+        raise UserError(f"{weights}: holds a {about['student']}, not a {name}")
     bias = state.get(STUDENTS[name].head + ".bias")
     if bias is None:
-        raise Stop(f"{weights}: not the weights of {name}: key {STUDENTS[name].head}.bias is missing")
+        raise UserError(f"{weights}: not the weights of {name}: key {STUDENTS[name].head}.bias is missing")
     student = Student(name, len(bias))
     load_strictly(student.net, state, Path(weights), name)
     return student.eval(), about

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from extraction.errors import BudgetExhausted, Stop
+from extraction.errors import BudgetExhausted, UserError
 from extraction.preprocess import Preprocessed
 from extraction.weights import fingerprint, load_strictly, read_metadata, read_state
 
@@ -28,7 +28,7 @@ _SWIN_URL = "https://github.com/SwinTransformer/storage/releases/download/v1.0.4
 class VictimModel(nn.Module):
     """A victim's model with its preprocessing: float (B, 3, T, H, W) RGB in [0, 1] -> logits (B, num_classes).
 
-    `classes` are the class names in the order of the logits, `fingerprint` says which weights these are. Raises Stop for
+    `classes` are the class names in the order of the logits, `fingerprint` says which weights these are. Raises UserError for
     clips outside [0, 1]: brightness from 0 to 255, or what was normalised already, would get answers that mean nothing.
     """
 
@@ -42,7 +42,7 @@ class VictimModel(nn.Module):
         logits = self.model(clips)
         low, high = extremes.tolist()  # read after the model is launched, so that a GPU need not wait
         if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):  # NaN is refused too
-            raise Stop(
+            raise UserError(
                 f"clips reach from {low:.4g} to {high:.4g}, a victim takes RGB in [0, 1]: divide 0..255 by 255, and leave "
                 "normalising to the victim; nothing was billed"
             )
@@ -71,7 +71,7 @@ def _load_swin(architecture: str, weights: Path) -> tuple[Preprocessed, list[str
     head = state.get("head.weight")
     classes = _kinetics400_classes()
     if head is not None and len(head) != len(classes):
-        raise Stop(f"{weights}: the head has {len(head)} classes, {architecture}_k400 has {len(classes)}")
+        raise UserError(f"{weights}: the head has {len(head)} classes, {architecture}_k400 has {len(classes)}")
     net = swin.create_swin(architecture, len(classes))
     swin.load_state(net, state, weights, architecture)
     return Preprocessed(swin.FusedSwin(net), 32, 224, swin.MEAN, swin.STD), classes
@@ -80,7 +80,7 @@ def _load_swin(architecture: str, weights: Path) -> tuple[Preprocessed, list[str
 def create_network(architecture: str, num_classes: int, num_frames: int, size: int) -> Preprocessed:
     """A victim's network with fresh weights and its preprocessing, for `train_victim.py` and for loading what it made.
 
-    Raises Stop for an architecture that is not one of `swin.ARCHITECTURES` or movinet_demo.
+    Raises UserError for an architecture that is not one of `swin.ARCHITECTURES` or movinet_demo.
     """
     from extraction.victims import movinet, swin
 
@@ -89,7 +89,7 @@ def create_network(architecture: str, num_classes: int, num_frames: int, size: i
         net = movinet.MoViNet("demo", num_classes, dropout=0.0, stochastic_depth=0.0, norm_momentum=0.1)
         return Preprocessed(net, num_frames, size)
     if architecture not in swin.ARCHITECTURES:
-        raise Stop(f"no architecture is called {architecture!r}; there are {', '.join(swin.ARCHITECTURES)}, movinet_demo")
+        raise UserError(f"no architecture is called {architecture!r}; there are {', '.join(swin.ARCHITECTURES)}, movinet_demo")
     return Preprocessed(swin.create_swin(architecture, num_classes), num_frames, size, swin.MEAN, swin.STD)
 
 
@@ -99,7 +99,7 @@ def _load_trained(weights: Path) -> tuple[Preprocessed, list[str]]:
 
     about = read_metadata(weights)
     if "classes" not in about or "architecture" not in about:
-        raise Stop(f"{weights}: not a victim made by train_victim.py (no class names inside); pass --victim by its own name")
+        raise UserError(f"{weights}: not a victim made by train_victim.py (no class names inside); pass --victim by its own name")
     model = create_network(about["architecture"], len(about["classes"]), about["num_frames"], about["size"])
     swin.load_state(model.net, read_state(weights), weights, about["architecture"])
     model.net = model.net.fuse() if isinstance(model.net, movinet.MoViNet) else swin.FusedSwin(model.net)
@@ -112,7 +112,7 @@ def _load_movinet(model_id: str, size: int, weights: Path) -> tuple[Preprocessed
     state, classes = movinet.load_movinet_state(weights, model_id), _kinetics600_classes()
     found = len(state["classifier.weight"])
     if found != len(classes):
-        raise Stop(f"{weights}: the head has {found} classes, movinet_{model_id}_k600 has {len(classes)}")
+        raise UserError(f"{weights}: the head has {found} classes, movinet_{model_id}_k600 has {len(classes)}")
     net = movinet.MoViNet(model_id, len(classes))
     net.load_state_dict(state)
     return Preprocessed(net.fuse(), 50, size), classes
@@ -131,7 +131,7 @@ def _load_torchvision(name: str, weights: Path) -> tuple[Preprocessed, list[str]
 
     names = models.list_models(module=models.video)
     if name not in names:
-        raise Stop(f"torchvision has no video model {name!r}; there are {', '.join(names)}")
+        raise UserError(f"torchvision has no video model {name!r}; there are {', '.join(names)}")
     published = models.get_model_weights(name).DEFAULT
     shown, classes = published.transforms(), list(published.meta["categories"])
     net = models.get_model(name, weights=None, num_classes=len(classes))
@@ -203,14 +203,14 @@ def _find_victim(name: str) -> tuple[Callable, Path | None, str]:
         return partial(load, member), None, source
     if name not in VICTIMS:
         known = [*VICTIMS, "torchvision:<name>", "mmaction2:<config file>", "pytorchvideo:<hub name>"]
-        raise Stop(f"no victim is called {name!r}; there are {', '.join(known)}")
+        raise UserError(f"no victim is called {name!r}; there are {', '.join(known)}")
     return VICTIMS[name]
 
 
 def find_weights(name: str, weights: str | Path | None = None) -> Path:
     """The weight file (or folder) of a victim: `weights`, or its usual place.
 
-    Raises Stop when there is no victim of that name, or no file: the line says which path and where to get it.
+    Raises UserError when there is no victim of that name, or no file: the line says which path and where to get it.
     """
     _, usual, source = _find_victim(name)
     if name.endswith("_tfhub") and "://" in str(weights):
@@ -219,10 +219,10 @@ def find_weights(name: str, weights: str | Path | None = None) -> Path:
         return tfhub.download(str(weights))
     path = Path(weights) if weights else usual
     if path is None:
-        raise Stop(f"victim {name!r} needs --victim-weights: a file from {source}")
+        raise UserError(f"victim {name!r} needs --victim-weights: a file from {source}")
     if not path.exists():
         instead = "" if name.startswith("demo_") else "; or try --demo"
-        raise Stop(f"victim weights {path} not found: {name} from {source} belongs there{instead}")
+        raise UserError(f"victim weights {path} not found: {name} from {source} belongs there{instead}")
     return path
 
 
@@ -258,11 +258,11 @@ class Victim:
         num_queries: int = 0,
     ):
         if answers not in ANSWERS:
-            raise Stop(f"no answers are called {answers!r}; there are {', '.join(ANSWERS)}")
+            raise UserError(f"no answers are called {answers!r}; there are {', '.join(ANSWERS)}")
         if decimals is not None and not 0 <= decimals <= 9:
-            raise Stop(f"--decimals {decimals}: it must be from 0 to 9")
+            raise UserError(f"--decimals {decimals}: it must be from 0 to 9")
         if query_budget is not None and query_budget < 0:
-            raise Stop(f"query budget {query_budget}: it must be 0 or more")
+            raise UserError(f"query budget {query_budget}: it must be 0 or more")
         self.name, self.fingerprint, self.classes = model.name, model.fingerprint, model.classes
         self.answers, self.decimals = answers, decimals
         self.query_budget, self._num_queries = query_budget, num_queries
@@ -325,6 +325,6 @@ def load_victim(
 
     `name` is one of `VICTIMS` or `family:member` of `FAMILIES`, `answers` the surface it shows (`logits`, `probs`,
     `top5`, `label`), `query_budget` the clips it will answer at most, `decimals` rounds what it shows, and `num_queries`
-    is what an earlier life of the run has spent already. Raises Stop when the weights are missing or not this victim's.
+    is what an earlier life of the run has spent already. Raises UserError when the weights are missing or not this victim's.
     """
     return Victim(load_model(name, weights, device), answers, query_budget, decimals, num_queries)

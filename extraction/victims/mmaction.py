@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.preprocess import Preprocessed
 from extraction.victims import KNOWN_CLASSES
 from extraction.weights import load_strictly, read_checkpoint, read_metadata, read_state
@@ -30,11 +30,11 @@ class Recognizer(nn.Module):
         try:
             features, options = self.net.extract_feat(views, test_mode=True)
         except ImportError as error:
-            raise Stop(f"this model needs more than mmcv-lite has ({_first_line(error)}): pip install mmcv") from None
+            raise UserError(f"this model needs more than mmcv-lite has ({_first_line(error)}): pip install mmcv") from None
         logits = self.net.cls_head(features, **options)
         if not isinstance(logits, Tensor) or logits.shape != (len(clips), self.num_classes):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise Stop(f"the config's head answers {shape} to {len(clips)} clips, not one row of logits for each")
+            raise UserError(f"the config's head answers {shape} to {len(clips)} clips, not one row of logits for each")
         return logits
 
 
@@ -45,19 +45,19 @@ def load_recognizer(config: str | Path, weights: Path) -> tuple[Preprocessed, li
     one name per line in the order of the logits, or the single word k400 or k600. Mean and standard deviation are the
     config's `data_preprocessor`, length and size of a clip those of its validation pipeline.
 
-    Raises Stop, in one line, for a config or checkpoint that is not such a model's, and when the classes are unknown.
+    Raises UserError, in one line, for a config or checkpoint that is not such a model's, and when the classes are unknown.
     """
     if not Path(config).is_file():
-        raise Stop(f"config {config} not found: mmaction2:<config file> names a config of mmaction2 1.x")
+        raise UserError(f"config {config} not found: mmaction2:<config file> names a config of mmaction2 1.x")
     described = _read_config(config)
     net = _build(config, described.model)
     normaliser, head = net.data_preprocessor, getattr(net, "cls_head", None)
     layout = getattr(normaliser, "format_shape", None)
     if head is None or layout not in ("NCTHW", "NCHW") or not hasattr(net, "extract_feat"):
-        raise Stop(f"{config}: not a recogniser of RGB clips (it needs a cls_head and frames laid out as NCTHW or NCHW)")
+        raise UserError(f"{config}: not a recogniser of RGB clips (it needs a cls_head and frames laid out as NCTHW or NCHW)")
     classes = _find_classes(weights)
     if len(classes) != head.num_classes:
-        raise Stop(f"{weights}: {len(classes)} class names for the {head.num_classes} classes of {config}")
+        raise UserError(f"{weights}: {len(classes)} class names for the {head.num_classes} classes of {config}")
     state = {key: value for key, value in read_state(weights).items() if not key.startswith("data_preprocessor.")}
     load_strictly(net, state, weights, str(config))
     # mmaction2 counts brightness from 0 to 255. Its to_rgb is about decoders that give BGR: our clips are RGB already.
@@ -76,9 +76,9 @@ def _read_config(config: str | Path) -> Any:
     try:
         described = Config.fromfile(str(config))
     except Exception as error:  # the file is a program: anything can come out of it
-        raise Stop(f"{config}: cannot be read as a config ({type(error).__name__}: {_first_line(error)})") from None
+        raise UserError(f"{config}: cannot be read as a config ({type(error).__name__}: {_first_line(error)})") from None
     if "model" not in described or not {"backbone", "data_preprocessor"} <= set(described.model):
-        raise Stop(f"{config}: not a config of mmaction2 1.x (it has no model with a backbone and a data_preprocessor)")
+        raise UserError(f"{config}: not a config of mmaction2 1.x (it has no model with a backbone and a data_preprocessor)")
     return described
 
 
@@ -101,11 +101,11 @@ def _build(config: str | Path, model: Any) -> nn.Module:
         with DefaultScope.overwrite_default_scope("mmaction"):
             return MODELS.build(model)
     except Exception as error:  # constructors of others: anything can come out of them
-        raise Stop(f"{config}: its model cannot be built ({type(error).__name__}: {_first_line(error)})") from None
+        raise UserError(f"{config}: its model cannot be built ({type(error).__name__}: {_first_line(error)})") from None
 
 
-def _missing(error: ImportError) -> Stop:
-    return Stop(f"a victim of mmaction2 needs it ({_first_line(error)}): pip install -e '.[mmaction2]'")
+def _missing(error: ImportError) -> UserError:
+    return UserError(f"a victim of mmaction2 needs it ({_first_line(error)}): pip install -e '.[mmaction2]'")
 
 
 def _first_line(error: Exception) -> str:
@@ -125,7 +125,7 @@ def _find_classes(weights: Path) -> list[str]:
         return [str(name) for name in classes]
     beside = weights.with_suffix(".classes.txt")
     if not beside.is_file():
-        raise Stop(
+        raise UserError(
             f"{weights}: does not say its classes; write {beside.name} beside it, a name per line in the order of the "
             f"logits, or the one word {' or '.join(KNOWN_CLASSES)}"
         )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision import ops
 
-from extraction.errors import Stop, run_tool
+from extraction.errors import UserError, run_tool
 from extraction.weights import load_strictly, read_state, save_weights
 
 K11, K13, K15, K33, K53 = (1, 1, 1), (1, 3, 3), (1, 5, 5), (3, 3, 3), (5, 3, 3)
@@ -290,10 +290,10 @@ def load_movinet_state(path: str | Path, model_id: str = "a2") -> dict[str, Tens
     a TensorFlow checkpoint, as a folder or a prefix; a state dict of Atze00/MoViNet-pytorch. SavedModel and
     checkpoint need tensorflow installed; neither is run, their arrays are read.
 
-    Raises Stop, in one line, if the file cannot be read or does not hold this model's weights.
+    Raises UserError, in one line, if the file cannot be read or does not hold this model's weights.
     """
     if model_id not in MODELS:
-        raise Stop(f"no MoViNet is called {model_id!r}; there are {', '.join(MODELS)}")
+        raise UserError(f"no MoViNet is called {model_id!r}; there are {', '.join(MODELS)}")
     path = Path(path)
     prefix = _tensorflow_prefix(path)
     if prefix or path.suffix == ".npz":
@@ -306,7 +306,7 @@ def load_movinet_state(path: str | Path, model_id: str = "a2") -> dict[str, Tens
         tensors, names = read_state(path), COMMUNITY_NAMES
     state = {_rename(name, names): tensor.float() for name, tensor in tensors.items()}
     if len(state) < len(tensors):
-        raise Stop(f"{path}: {len(tensors) - len(state)} weights are there twice, by two names; keep one set")
+        raise UserError(f"{path}: {len(tensors) - len(state)} weights are there twice, by two names; keep one set")
 
     with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced: leave the caller's seed alone
         model = MoViNet(model_id, len(state.get("classifier.weight", range(600))))
@@ -317,8 +317,8 @@ def load_movinet_state(path: str | Path, model_id: str = "a2") -> dict[str, Tens
             state[key] = state[key].squeeze(2)  # others keep every kernel in 3D
     try:
         load_strictly(model, state, path, f"MoViNet-{model_id.upper()} Base")
-    except Stop as stop:
-        raise Stop(f"{stop}; get the file again, or give the model_id it belongs to ({', '.join(MODELS)})") from None
+    except UserError as stop:
+        raise UserError(f"{stop}; get the file again, or give the model_id it belongs to ({', '.join(MODELS)})") from None
     return model.state_dict()
 
 
@@ -333,9 +333,9 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             return {name: array.astype(np.float32) for name, array in file.items()}
     except FileNotFoundError:
-        raise Stop(f"weights {path} not found") from None
+        raise UserError(f"weights {path} not found") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise Stop(f"{path}: not a readable .npz, truncated perhaps ({error}); get the file again") from None
+        raise UserError(f"{path}: not a readable .npz, truncated perhaps ({error}); get the file again") from None
 
 
 def _tensorflow_prefix(path: Path) -> Path | None:
@@ -345,7 +345,7 @@ def _tensorflow_prefix(path: Path) -> Path | None:
     if path.is_dir():
         found = sorted(path.glob("*.index"))
         if len(found) != 1:
-            raise Stop(f"{path}: holds no saved_model.pb and {len(found)} checkpoints (*.index); give the one to read")
+            raise UserError(f"{path}: holds no saved_model.pb and {len(found)} checkpoints (*.index); give the one to read")
         return found[0].with_suffix("")
     if path.suffix == ".index":
         return path.with_suffix("")
@@ -359,7 +359,7 @@ def _read_tensorflow(path: Path, prefix: Path) -> dict[str, np.ndarray]:
         import tensorflow as tf
         from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
     except ImportError:
-        raise Stop(
+        raise UserError(
             f"{path}: reading TensorFlow's files needs tensorflow: pip install tensorflow, or convert once elsewhere: "
             f"python -m extraction.victims.movinet {path} movinet.safetensors"
         ) from None
@@ -374,7 +374,7 @@ def _read_tensorflow(path: Path, prefix: Path) -> dict[str, np.ndarray]:
         return {name: reader.get_tensor(key) for key, name in names.items()}
     except (tf.errors.OpError, LookupError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise Stop(f"{path}: not a readable TensorFlow checkpoint ({reason}); get its files again") from None
+        raise UserError(f"{path}: not a readable TensorFlow checkpoint ({reason}); get its files again") from None
 
 
 def convert(

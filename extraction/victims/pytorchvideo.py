@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 from extraction.preprocess import Preprocessed
 from extraction.victims import KNOWN_CLASSES
 from extraction.weights import load_strictly, read_state
@@ -57,15 +57,15 @@ class HubModel(nn.Module):
 
 
 def load_hub_model(name: str, weights: Path) -> tuple[Preprocessed, list[str]]:
-    """Build the hub's model `name` and load its checkpoint (`model_state` inside). Raises Stop."""
+    """Build the hub's model `name` and load its checkpoint (`model_state` inside). Raises UserError."""
     if name not in MODELS:
-        raise Stop(f"pytorchvideo's hub has no Kinetics-400 model {name!r}; there are {', '.join(MODELS)}")
+        raise UserError(f"pytorchvideo's hub has no Kinetics-400 model {name!r}; there are {', '.join(MODELS)}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about what newer versions of PyTorch will drop
             from pytorchvideo.models import hub
     except ImportError as error:
-        raise Stop(f"a victim of pytorchvideo needs it ({error}): pip install -e '.[pytorchvideo]'") from None
+        raise UserError(f"a victim of pytorchvideo needs it ({error}): pip install -e '.[pytorchvideo]'") from None
     net = getattr(hub, name)(pretrained=False)
     load_strictly(net, read_state(weights), weights, f"pytorchvideo's {name}")
     num_frames, size = MODELS[name]

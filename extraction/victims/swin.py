@@ -76,7 +76,7 @@ def to_torchvision_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_state(net: nn.Module, state: Mapping[str, Tensor], weights: str | Path, architecture: str) -> None:
-    """Load torchvision-named weights. Raises Stop, naming the keys, when they are another model's."""
+    """Load torchvision-named weights. Raises UserError, naming the keys, when they are another model's."""
     load_strictly(net, dict(state) | derived_buffers(net), weights, architecture)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from extraction.errors import Stop
+from extraction.errors import UserError
 
 
 def _import():
@@ -20,7 +20,7 @@ def _import():
         import tensorflow as tf
         import tensorflow_hub as hub
     except ImportError as error:
-        raise Stop(
+        raise UserError(
             f"a victim in TensorFlow needs tensorflow and tensorflow-hub ({error}): pip install -e '.[tensorflow]', "
             "or take movinet_a2_k600, which answers the same without them"
         ) from None
@@ -32,18 +32,18 @@ def _import():
 
 
 def download(handle: str) -> Path:
-    """The folder of a hub handle (https://...), fetched into tensorflow_hub's cache on its first use. Raises Stop."""
+    """The folder of a hub handle (https://...), fetched into tensorflow_hub's cache on its first use. Raises UserError."""
     _, hub = _import()
     try:
         return Path(hub.resolve(handle))
     except (OSError, RuntimeError, ValueError) as error:
-        raise Stop(f"{handle}: cannot be fetched ({str(error).splitlines()[0]}); pass an unpacked folder instead") from None
+        raise UserError(f"{handle}: cannot be fetched ({str(error).splitlines()[0]}); pass an unpacked folder instead") from None
 
 
 class SavedModel(nn.Module):
     """A SavedModel of the published signature: float (B, 3, T, H, W) in [0, 1] -> float32 logits (B, num_classes).
 
-    It has no parameters and runs on the CPU; answers come back to the device of the clips. Raises Stop when the folder
+    It has no parameters and runs on the CPU; answers come back to the device of the clips. Raises UserError when the folder
     is not such a model, before any clip is billed.
     """
 
@@ -51,15 +51,15 @@ class SavedModel(nn.Module):
         super().__init__()
         self.tf, hub = _import()
         if not (folder / "saved_model.pb").is_file():
-            raise Stop(f"{folder}: holds no saved_model.pb; give the unpacked folder of a TensorFlow SavedModel")
+            raise UserError(f"{folder}: holds no saved_model.pb; give the unpacked folder of a TensorFlow SavedModel")
         try:
             self.program = hub.load(str(folder))
             found = tuple(self(torch.zeros(1, 3, 2, 32, 32)).shape)
         except (self.tf.errors.OpError, OSError, ValueError, TypeError, KeyError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise Stop(f"{folder}: not a SavedModel that takes {{'image': clips}} ({reason})") from None
+            raise UserError(f"{folder}: not a SavedModel that takes {{'image': clips}} ({reason})") from None
         if found != (1, num_classes):
-            raise Stop(f"{folder}: answers {found} to one clip instead of (1, {num_classes}): another model's folder?")
+            raise UserError(f"{folder}: answers {found} to one clip instead of (1, {num_classes}): another model's folder?")
 
     def forward(self, clips: Tensor) -> Tensor:
         image = clips.permute(0, 2, 3, 4, 1).float().cpu().contiguous()  # TensorFlow's order: time, height, width, colour
