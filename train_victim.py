@@ -17,7 +17,7 @@ from extraction.data.clips import Clips
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, list_classes, require_folder
 from extraction.distill import distill
-from extraction.evaluation import Referee
+from extraction.evaluation import Evaluator
 from extraction.report import draw_curve, percent
 from extraction.runs import Run, check_at_least, check_at_most, choose_device, run_script, set_seed
 from extraction.setting import require_lists
@@ -90,7 +90,7 @@ def main(config: Config) -> dict:
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
     clips = Clips(find_videos(root, classes, "train", config.data_list), step=config.step, **shape)
     val = Clips(find_videos(val_root, classes, "val", config.val_list), views=(1, 1), **shape)
-    referee = Referee(val, classes, device, config.batch_size, config.num_workers)
+    evaluator = Evaluator(val, classes, device, config.batch_size, config.num_workers)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
     steps = config.epochs * -(-len(clips) // config.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps + 1, pct_start=0.1)
@@ -101,7 +101,7 @@ def main(config: Config) -> dict:
         clips,
         optimizer,
         schedule,
-        referee.score,
+        evaluator.score,
         epochs=config.epochs,
         batch_size=config.batch_size,
         label_weight=1.0,

@@ -114,7 +114,7 @@ def main(config: Config) -> dict:
     check_at_least(config, 0, "query_budget", "num_steps", "step", "confidence", "spread", "lr", "num_workers")
     require_inputs(config)
     if config.demo:
-        write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})  # the referee's alone
+        write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})  # the evaluator's alone
     require_one("the search")
     backend = choose_backend(config.device, config.precision, config.compile)
     if config.generator_weights is None:
@@ -125,7 +125,7 @@ def main(config: Config) -> dict:
     run = Run("biggan_with_swin", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return repeat_results(run.finished)
-    victim, referee = open_setting(
+    victim, evaluator = open_setting(
         run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=1, size=config.size, batch_size=config.batch_size, num_workers=config.num_workers,
@@ -150,12 +150,12 @@ def main(config: Config) -> dict:
     optimizer = torch.optim.Adam(student.parameters(), config.lr, fused=True)
     steps = config.epochs * -(-len(clips) // config.batch_size)
     history, stopped = distill(
-        run, student, victim, clips, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), referee.score,
+        run, student, victim, clips, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), evaluator.score,
         epochs=config.epochs, batch_size=config.batch_size, augmentation=Sampling(paths, config.spread), make_views=make_clips,
         views_per_clip=config.views_per_clip, seed=config.seed, num_workers=config.num_workers,
     )  # fmt: skip
     return finish(
-        run, student, victim, referee, history, f"{cut}; the student is untrained" if cut else stopped,
+        run, student, victim, evaluator, history, f"{cut}; the student is untrained" if cut else stopped,
         search=search, unreached=unreached, search_queries=searched,
     )  # fmt: skip
 

@@ -118,7 +118,7 @@ def main(config: Config) -> dict:
     run = Run("conditional_gan_with_movinet", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return repeat_results(run.finished)
-    victim, referee = open_setting(
+    victim, evaluator = open_setting(
         run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=config.stride, size=config.size, batch_size=config.batch_size,
@@ -149,12 +149,12 @@ def main(config: Config) -> dict:
         return SCHEDULES["cosine"](own / config.iterations if own >= 0 else iteration / config.generator_iterations)
 
     history, stopped = extract(
-        run, attacker, iterate, referee.score, iterations=config.generator_iterations + config.iterations,
+        run, attacker, iterate, evaluator.score, iterations=config.generator_iterations + config.iterations,
         num_planned=config.batch_size
         * (config.generator_iterations * (1 + config.num_directions) + config.iterations * config.student_steps),
         rate=rate, score_every=config.score_every,
     )  # fmt: skip
-    return finish(run, student, victim, referee, history, stopped)
+    return finish(run, student, victim, evaluator, history, stopped)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def main(config: Config) -> dict:
     check_at_least(config, 0, "query_budget", "num_rounds", "jitter", "lr", "num_workers")
     require_inputs(config)
     if config.demo:
-        write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})  # the referee's alone
+        write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})  # the evaluator's alone
         write_demo_images("datasets/demo/images")
     require_one("the search")
     backend = choose_backend(config.device, config.precision, config.compile)
@@ -134,7 +134,7 @@ def main(config: Config) -> dict:
     run = Run("natural_images_label_only", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return repeat_results(run.finished)
-    victim, referee = open_setting(
+    victim, evaluator = open_setting(
         run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=1, size=config.size, batch_size=config.batch_size, num_workers=config.num_workers,
@@ -156,12 +156,12 @@ def main(config: Config) -> dict:
     steps = config.epochs * -(-len(chosen) // config.batch_size)
     clips = images.of([asked.window for asked in chosen])
     history, stopped = distill(
-        run, student, victim, clips, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), referee.score,
+        run, student, victim, clips, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), evaluator.score,
         epochs=config.epochs, batch_size=config.batch_size, augmentation=paths, make_views=make_views, views_per_clip=1,
         seed=config.seed, num_workers=config.num_workers,
     )  # fmt: skip
     return finish(
-        run, student, victim, referee, history, cut or stopped, [*images.broken, *clips.broken],
+        run, student, victim, evaluator, history, cut or stopped, [*images.broken, *clips.broken],
         selection=selection, clips_per_class={victim.classes[k]: len(v) for k, v in enumerate(kept)},
     )  # fmt: skip
 

@@ -98,7 +98,7 @@ def main(config: Config) -> dict:
     run = Run("random_noise_with_swin", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return repeat_results(run.finished)
-    victim, referee = open_setting(
+    victim, evaluator = open_setting(
         run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=config.stride, size=config.size, batch_size=config.batch_size,
@@ -121,11 +121,11 @@ def main(config: Config) -> dict:
             attacker.step_replay()
 
     history, stopped = extract(
-        run, attacker, iterate, referee.score, iterations=config.iterations,
+        run, attacker, iterate, evaluator.score, iterations=config.iterations,
         num_planned=config.iterations * config.batch_size * config.student_steps,
         rate=lambda iteration: SCHEDULES["cosine"](iteration / config.iterations), score_every=config.score_every,
     )  # fmt: skip
-    return finish(run, student, victim, referee, history, stopped)
+    return finish(run, student, victim, evaluator, history, stopped)
 
 
 if __name__ == "__main__":

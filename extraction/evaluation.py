@@ -118,10 +118,10 @@ def check_victim(scores: dict[str, float], num_classes: int, min_victim_top1: fl
         )
 
 
-class Referee:
+class Evaluator:
     """Judges students on held-out clips, beside the victim's own answers to them.
 
-    The victim's answers here are the referee's, not the attacker's: unmetered, asked once before the attack, kept in the
+    The victim's answers here are the evaluator's, not the attacker's: unmetered, asked once before the attack, kept in the
     ledger's separate table, never trained on. `open_model` loads the bare victim when they are not kept yet.
     Without a ledger there is no victim to agree with.
 

@@ -29,7 +29,7 @@ _SCHEMA = """
 PRAGMA page_size = 16384;
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS answers (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, answer BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS referee (key BLOB PRIMARY KEY, answer BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS evaluator (key BLOB PRIMARY KEY, answer BLOB NOT NULL);
 """
 _STEPS = 2048.0
 
@@ -121,11 +121,11 @@ class Ledger:
         return dict(self._database.execute("SELECT name, value FROM about"))
 
     def _begin(self, about: dict[str, str]) -> None:
-        """Write whose answers these will be; what the referee kept of another victim goes."""
+        """Write whose answers these will be; what the evaluator kept of another victim goes."""
         with self._database:
             kept = dict(self._database.execute("SELECT name, value FROM about"))
             if any(kept.get(name) != about[name] for name in ("victim", "fingerprint", "classes")):
-                self._database.execute("DELETE FROM referee")
+                self._database.execute("DELETE FROM evaluator")
             self._database.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", about.items())
 
     def _check(self, what: str, kept: str, wanted: str) -> None:
@@ -248,13 +248,13 @@ class Ledger:
             raise UserError(f"cannot write {self.path}: {error}; make room, then run again: nothing is paid twice") from None
 
     def referee_answers(self, keys: Sequence[bytes], compute: Callable[[], Tensor]) -> Tensor:
-        """The referee's own (B, num_classes) probabilities for held-out clips: unmetered, kept apart, never trained on."""
-        known = self.find(keys, "referee")
+        """The evaluator's own (B, num_classes) probabilities for held-out clips: unmetered, kept apart, never trained on."""
+        known = self.find(keys, "evaluator")
         if len(known) < len(set(keys)):
             known = dict(zip(keys, encode_answers(compute(), "probs"), strict=True))
             if self._database is not None:
                 with self._database:
-                    self._database.executemany("INSERT OR REPLACE INTO referee VALUES (?, ?)", known.items())
+                    self._database.executemany("INSERT OR REPLACE INTO evaluator VALUES (?, ?)", known.items())
         return decode_answers([known[key] for key in keys], "probs")
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
@@ -382,7 +382,7 @@ def merge(into: _INTO, other: _OTHER, /) -> int:
         added = database.execute(
             "INSERT OR IGNORE INTO answers (key, answer) SELECT key, answer FROM other.answers ORDER BY id"
         ).rowcount
-        database.execute("INSERT OR IGNORE INTO referee SELECT key, answer FROM other.referee")
+        database.execute("INSERT OR IGNORE INTO evaluator SELECT key, answer FROM other.evaluator")
         total = int(about["num_queries"]) + int(theirs["num_queries"])
         database.execute("UPDATE about SET value = ? WHERE name = 'num_queries'", (str(total),))
     print(f"{added} answers added to {into}; {total} queries paid in all")

@@ -11,7 +11,7 @@ from torch import Tensor
 from extraction import processes
 from extraction.data.clips import report_broken
 from extraction.errors import BudgetExhausted, UserError, run_tool
-from extraction.evaluation import Referee
+from extraction.evaluation import Evaluator
 from extraction.ledger import Ledger
 from extraction.runs import Run
 from extraction.students import Student
@@ -22,7 +22,7 @@ def finish(
     run: Run,
     student: Student,
     victim: Ledger | None,
-    referee: Referee,
+    evaluator: Evaluator,
     history: list[dict],
     stopped: str = "epochs",
     broken: Sequence[tuple[Path, str]] = (),
@@ -33,21 +33,21 @@ def finish(
     A student that an earlier stage paid for brings `num_queries_before`, which its file and the table count too.
     Returns the results. Raises BudgetExhausted, after all that, when the query budget ended the run.
     """
-    clips = referee.clips
+    clips = evaluator.clips
     about = dict(
         student=student.name,
-        classes=list(referee.classes),
+        classes=list(evaluator.classes),
         num_frames=clips.num_frames,
         stride=clips.stride,
         size=clips.size,
         num_queries=more.get("num_queries_before", 0) + (victim.num_queries if victim is not None else 0),
     )
     save_weights(run.folder / "student.safetensors", student.net.state_dict(), about)
-    chance = 1.0 / len(referee.classes)
-    draw_curve(run.folder / "curve.png", history, referee.victim_scores.get("top1"), chance, run.experiment)
+    chance = 1.0 / len(evaluator.classes)
+    draw_curve(run.folder / "curve.png", history, evaluator.victim_scores.get("top1"), chance, run.experiment)
     final = {k: v for k, v in history[-1].items() if k not in ("epoch", "iteration", "num_queries", "loss")}
-    victim_scores = {f"victim_{name}": value for name, value in referee.victim_scores.items()}
-    broken = [*broken, *referee.broken]
+    victim_scores = {f"victim_{name}": value for name, value in evaluator.victim_scores.items()}
+    broken = [*broken, *evaluator.broken]
     results = run.finish(
         dict(
             victim=victim.victim if victim is not None else None,
@@ -56,8 +56,8 @@ def finish(
             answers=victim.answers if victim is not None else None,
             num_queries=victim.num_queries if victim is not None else 0,
             query_budget=run.config.get("query_budget"),
-            num_classes=len(referee.classes),
-            num_val_videos=referee.clips.num_videos,
+            num_classes=len(evaluator.classes),
+            num_val_videos=evaluator.clips.num_videos,
             chance_top1=chance,
             **final,
             **victim_scores,

@@ -1,4 +1,4 @@
-"""What every attack starts from: the victim's door with its ledger, and a referee on held-out clips."""
+"""What every attack starts from: the victim's door with its ledger, and a evaluator on held-out clips."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from extraction.backend import Backend
 from extraction.data.clips import Clips
 from extraction.data.folders import find_videos, require_folder
 from extraction.errors import BudgetExhausted, UserError
-from extraction.evaluation import Referee
+from extraction.evaluation import Evaluator
 from extraction.generators import GENERATORS
 from extraction.ledger import Ledger
 from extraction.report import print_results
@@ -75,10 +75,10 @@ def open_setting(
     num_workers: int,
     decimals: int | None = None,
     exact: bool = False,
-) -> tuple[Ledger, Referee]:
-    """Open the metered, answers-only victim of `run`, and the referee that scores students on the videos of `val`.
+) -> tuple[Ledger, Evaluator]:
+    """Open the metered, answers-only victim of `run`, and the evaluator that scores students on the videos of `val`.
 
-    The referee looks at the middle clip of each video, `num_frames` frames every `stride`, `size` x `size` pixels.
+    The evaluator looks at the middle clip of each video, `num_frames` frames every `stride`, `size` x `size` pixels.
     `exact` keeps all the digits of the victim's answers.
     Raises UserError, before anything is paid, for what is missing and for a victim near chance (`check_victim`).
     """
@@ -92,11 +92,11 @@ def open_setting(
     )
     videos = find_videos(val, ledger.classes, "val", val_list)
     clips = Clips(videos, num_frames=num_frames, stride=stride, size=size, views=(1, 1))
-    referee = Referee(
+    evaluator = Evaluator(
         clips, ledger.classes, backend.device, batch_size, num_workers, ledger,
         lambda: backend.place(load_model(victim, victim_weights)), min_victim_top1,
     )  # fmt: skip
-    return ledger, referee
+    return ledger, evaluator
 
 
 # Where the seeds' unrelated video is, and what stands in for it in the demo.

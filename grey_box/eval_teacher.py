@@ -5,7 +5,7 @@
 
 Prints top-1, top-5 and clips per second, and writes a per-class table. A video is judged by the mean of the probabilities
 of its clips. Without `--data` it is the 10 % class-balanced validation set of the victim's own task. Nothing is metered:
-this is the referee's view, not an attacker's.
+this is the evaluator's view, not an attacker's.
 """
 
 import time

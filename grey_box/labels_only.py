@@ -17,7 +17,7 @@ from extraction.data.clips import Clips
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, list_classes, require_folder
 from extraction.distill import distill
-from extraction.evaluation import Referee
+from extraction.evaluation import Evaluator
 from extraction.report import finish
 from extraction.runs import Run, check_at_least, check_at_most, run_script, set_seed
 from extraction.setting import repeat_results, require_inputs
@@ -98,18 +98,18 @@ def main(config: Config) -> dict:
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
     clips = Clips(find_videos(config.own, classes, "train", config.own_list), step=config.step, **shape)
     val = Clips(find_videos(config.val, classes, "val", config.val_list), views=(1, 1), **shape)
-    referee = Referee(val, classes, backend.device, config.batch_size, config.num_workers)
+    evaluator = Evaluator(val, classes, backend.device, config.batch_size, config.num_workers)
     set_seed(config.seed)
     student = backend.place(create_student(config.student, len(classes), config.student_weights))
     optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr), fused=True)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
     history, _ = distill(
-        run, student, None, clips, optimizer, schedule, referee.score,
+        run, student, None, clips, optimizer, schedule, evaluator.score,
         epochs=config.epochs, batch_size=config.batch_size, label_weight=1.0,
         augmentation=Augmentation(config.hflip, config.brightness, config.rotation),
         seed=config.seed, num_workers=config.num_workers,
     )  # fmt: skip
-    return finish(run, student, None, referee, history, broken=clips.broken)
+    return finish(run, student, None, evaluator, history, broken=clips.broken)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def main(config: Config) -> dict:
     if run.finished:
         return repeat_results(run.finished)
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
-    victim, referee = open_setting(
+    victim, evaluator = open_setting(
         run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         batch_size=config.batch_size, num_workers=config.num_workers, decimals=config.decimals, **shape,
@@ -130,12 +130,12 @@ def main(config: Config) -> dict:
     optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr), fused=True)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
     history, stopped = distill(
-        run, student, victim, clips, optimizer, schedule, referee.score, epochs=config.epochs, batch_size=config.batch_size,
+        run, student, victim, clips, optimizer, schedule, evaluator.score, epochs=config.epochs, batch_size=config.batch_size,
         label_weight=config.label_weight,
         augmentation=Augmentation(config.hflip, config.brightness, config.rotation),
         views_per_clip=config.views_per_clip, seed=config.seed, num_workers=config.num_workers,
     )  # fmt: skip
-    return finish(run, student, victim, referee, history, stopped, clips.broken)
+    return finish(run, student, victim, evaluator, history, stopped, clips.broken)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def main(config: Config) -> dict:
     if run.finished:
         return repeat_results(run.finished)
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
-    victim, referee = open_setting(
+    victim, evaluator = open_setting(
         run, backend, victim=config.victim, victim_weights=config.victim_weights, answers="label", query_budget=0,
         val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         batch_size=config.batch_size, num_workers=config.num_workers, **shape,
@@ -145,7 +145,7 @@ def main(config: Config) -> dict:
         print(f"round {number}: train, then prune to {100 * sparsity:.1f} %")
         part = Run(f"round {number}", run.folder / f"round_{number}", config, config.checkpoint_seconds)
         masks = prune_globally(train(part, masks, config.round_epochs)[1], masks, sparsity)
-    history, _ = train(run, masks, config.epochs, referee.score)
+    history, _ = train(run, masks, config.epochs, evaluator.score)
     about = dict(student=config.student, sparsity=count_sparsity(masks))
     save_weights(run.folder / "mask.safetensors", masks, about)
     dense = Path(config.student_weights).with_name("results.json")
@@ -153,7 +153,7 @@ def main(config: Config) -> dict:
     curves[f"ticket, {100 * about['sparsity']:.0f} % pruned"] = history
     draw_curves(run.folder / "dense_and_ticket.png", curves, 1 / victim.num_classes, "swin_to_vit: dense and winning ticket")
     return finish(
-        run, student, victim, referee, history, broken=clips.broken, num_queries_before=paid, sparsity=about["sparsity"]
+        run, student, victim, evaluator, history, broken=clips.broken, num_queries_before=paid, sparsity=about["sparsity"]
     )
 
 

@@ -17,7 +17,7 @@ from extraction import victims
 from extraction.data.clips import Clips
 from extraction.data.folders import find_videos, normalise_class
 from extraction.errors import BudgetExhausted, UserError
-from extraction.evaluation import Referee, check_victim, predict_videos, score
+from extraction.evaluation import Evaluator, check_victim, predict_videos, score
 from extraction.ledger import Ledger
 from extraction.preprocess import fit_clips
 from extraction.victims import KNOWN_CLASSES, VICTIMS, create_network, load_model, load_victim, movinet
@@ -411,12 +411,12 @@ def test_without_pytorchvideo_one_line_says_what_to_do(tmp_path, monkeypatch):
 # --- the preflight ---------------------------------------------------------------------------------------------------
 
 
-def open_referee(demo_set, folder, classes, open_model, **options) -> Referee:
+def open_referee(demo_set, folder, classes, open_model, **options) -> Evaluator:
     folder.mkdir(exist_ok=True)
     clips = Clips(find_videos(demo_set, classes, "val"), views=(1, 1), num_frames=16, size=48)
     ledger = Ledger(folder / "ledger.sqlite", lambda spent: load_victim("demo_swin", num_queries=spent), "probs")
     try:
-        return Referee(clips, classes, torch.device("cpu"), 24, 0, ledger, open_model, **options)
+        return Evaluator(clips, classes, torch.device("cpu"), 24, 0, ledger, open_model, **options)
     finally:
         assert ledger.num_queries == 0
         ledger.close()
@@ -484,12 +484,12 @@ def test_clips_of_another_scale_are_refused_and_not_billed(demo_set, tmp_path, s
     victim.query((clips + 5e-4).half().float())  # rounding is let through
     assert victim.num_queries == 2
     ledger.close()
-    # The referee's way in: whatever stands between the clips and the model is found before anything is paid or kept.
+    # The evaluator's way in: whatever stands between the clips and the model is found before anything is paid or kept.
     model = load_model("demo_swin")
     with pytest.raises(UserError, match="a victim takes RGB in"):
         open_referee(demo_set, tmp_path / "r", model.classes, lambda: lambda clips: model(change(clips)))
     with closing(sqlite3.connect(tmp_path / "r" / "ledger.sqlite")) as kept:
-        assert kept.execute("SELECT (SELECT count(*) FROM referee) + (SELECT count(*) FROM answers)").fetchone() == (0,)
+        assert kept.execute("SELECT (SELECT count(*) FROM evaluator) + (SELECT count(*) FROM answers)").fetchone() == (0,)
 
 
 # --- the scripts -----------------------------------------------------------------------------------------------------

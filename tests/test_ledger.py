@@ -90,7 +90,7 @@ def test_answers_serve_only_the_surface_they_were_bought_at(tmp_path, clips):
 
 
 def test_nothing_paid_binds_nobody(tmp_path, clips):
-    """Only what is paid for ties a file to a victim; the referee's answers of another one must not stay, though."""
+    """Only what is paid for ties a file to a victim; the evaluator's answers of another one must not stay, though."""
     path = tmp_path / "l.sqlite"
     probs = torch.full((1, 12), 1 / 12)
     first = open_ledger(path, "label", decimals=None)

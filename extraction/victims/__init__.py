@@ -1,6 +1,6 @@
 """Victims: frozen video classifiers behind a metered door that gives answers only.
 
-`load_victim` opens the door an attacker gets. `load_model` is the referee's way in: the bare model, unmetered, for
+`load_victim` opens the door an attacker gets. `load_model` is the evaluator's way in: the bare model, unmetered, for
 scoring a victim against labels; no training code calls it.
 """
 
@@ -227,7 +227,7 @@ def find_weights(name: str, weights: str | Path | None = None) -> Path:
 
 
 def load_model(name: str, weights: str | Path | None = None, device: str | torch.device = "cpu") -> VictimModel:
-    """The bare victim, for the referee alone: unmetered, in evaluation mode, without gradients."""
+    """The bare victim, for the evaluator alone: unmetered, in evaluation mode, without gradients."""
     path = find_weights(name, weights)
     model, classes = _find_victim(name)[0](path)
     mark = fingerprint(path)
