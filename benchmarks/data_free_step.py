@@ -32,7 +32,7 @@ from side_by_side import as_in_2022, describe_bytes, peak_memory, run_alone, syn
 from torch import Tensor
 from train_step import SCALES, create_plain, open_ledger
 
-from extraction import processes
+from extraction import distributed
 from extraction.backend import Backend, choose_backend
 from extraction.data_free import Attacker, create_optimizer, find_method
 from extraction.errors import UserError
@@ -285,7 +285,7 @@ def show_profile(config: Config, scale: str, constants: Any, backend: Backend) -
 
 def main(config: Config) -> None:
     check_at_least(config, 1, "batch_size", "iterations", "turns")
-    processes.require_one("this comparison")
+    distributed.require_one_process("this comparison")
     backend = choose_backend(config.device, config.precision, config.compile)
     if config.compile == "auto" and backend.device.type == "cuda":
         backend = backend._replace(compile_after=1)

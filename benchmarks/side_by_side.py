@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from extraction import processes
+from extraction import distributed
 from extraction.errors import UserError
 
 
@@ -27,7 +27,7 @@ def take_turns(contenders: dict[str, Callable[[], None]], turns: int, steps: int
 
     A turn has so many steps, or as many as fit in ten seconds; several processes, whose clocks differ, take them all.
     """
-    seconds, together = {name: [] for name in contenders}, processes.num_processes() > 1
+    seconds, together = {name: [] for name in contenders}, distributed.num_processes() > 1
     for turn in range(turns):
         for name in list(contenders)[:: 1 if turn % 2 == 0 else -1]:
             synchronise(device)

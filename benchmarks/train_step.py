@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 
-from extraction import processes
+from extraction import distributed
 from extraction.backend import PRECISIONS, Backend, choose_backend
 from extraction.data.augment import Augmentation, create_views, view_key
 from extraction.data.clips import Clips, load_batches
@@ -248,8 +248,8 @@ def build_ours(setting: Setting, backend: Backend, folder: Path, kept: bool, fla
             module.__class__ = nn.Conv3d
     student = backend.place(student).train()
     optimizer = torch.optim.AdamW(student.parameter_groups(HEAD_LR, BODY_LR), fused=True)
-    forward, world = processes.parallel(student), processes.num_processes()
-    places = processes.own_share(range(setting.batch_size))
+    forward, world = distributed.parallel(student), distributed.num_processes()
+    places = distributed.shard(range(setting.batch_size))
     shape = len(places), setting.num_frames, setting.size, setting.size, 3
     loaded = [torch.randint(256, shape, dtype=torch.uint8) for _ in range(NUM_BATCHES)]
     loaded = [batch.pin_memory() if device.type == "cuda" else batch for batch in loaded]
@@ -270,7 +270,7 @@ def build_ours(setting: Setting, backend: Backend, folder: Path, kept: bool, fla
 
     def step() -> None:
         number, _, asked = next(batches)
-        torch.manual_seed(number * world + processes.rank())
+        torch.manual_seed(number * world + distributed.rank())
         logits = forward(asked.views)
         loss = distillation_loss(logits, asked.targets, asked.labels, LABEL_WEIGHT) * (len(logits) / setting.batch_size)
         optimizer.zero_grad(set_to_none=True)
@@ -278,7 +278,7 @@ def build_ours(setting: Setting, backend: Backend, folder: Path, kept: bool, fla
         optimizer.step()
         unread.append(loss.detach())
         if len(unread) >= read_every:
-            if not all(map(math.isfinite, processes.total(torch.stack(unread)).tolist())):
+            if not all(map(math.isfinite, distributed.all_reduce_sum(torch.stack(unread)).tolist())):
                 raise UserError("the loss of our step is not finite")
             unread.clear()
         paid = [min(number + ahead, NUM_BATCHES) if kept else number + ahead for ahead in (1, 2)]
@@ -324,13 +324,13 @@ def run_row(name: str, config: Config, setting: Setting, backend: Backend) -> di
     if name not in ROWS:
         raise UserError(f"--alone {name}: there are {'; '.join(ROWS)}")
     if not name.startswith("ours"):
-        processes.require_one(name)
+        distributed.require_one_process(name)
     before = peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         step, memory = warm_up(partial(ROWS[name], setting, backend, Path(folder)), backend.device)
         seconds = statistics.median(take_turns({name: step}, config.turns, config.steps, backend.device)[name])
     memory = peak_memory() if memory is None else memory
-    return dict(clips_per_second=setting.batch_size / seconds, memory=max(processes.gather([memory])), before=before)
+    return dict(clips_per_second=setting.batch_size / seconds, memory=max(distributed.gather([memory])), before=before)
 
 
 def to_flags(config: Config, **changes) -> list[str]:
@@ -530,7 +530,7 @@ def main(config: Config) -> None:
     if config.alone:
         print(json.dumps(run_row(config.alone, config, setting, backend)))
         return
-    processes.require_one("a comparison")
+    distributed.require_one_process("a comparison")
     begin = time.perf_counter()
     print(describe(setting, backend), flush=True)
     if config.profile:

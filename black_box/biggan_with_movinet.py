@@ -25,9 +25,9 @@ from extraction.biggan import WEIGHTS, create_demo_biggan, load_biggan
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data.images import Layer, Paths
 from extraction.distill import distill
+from extraction.distributed import require_one_process
 from extraction.embeddings import Codes, Sampling, code_size, find_codes, sample_clips
 from extraction.errors import BudgetExhausted
-from extraction.processes import require_one
 from extraction.report import finish
 from extraction.runs import Run, check_at_least, run_script, set_seed
 from extraction.setting import open_setting, repeat_results, require_inputs
@@ -115,7 +115,7 @@ def main(config: Config) -> dict:
     require_inputs(config)
     if config.demo:
         write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})  # the evaluator's alone
-    require_one("the search")
+    require_one_process("the search")
     backend = choose_backend(config.device, config.precision, config.compile)
     if config.generator_weights is None:
         generator, mark = create_demo_biggan(), "demo"

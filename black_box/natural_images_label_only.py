@@ -32,9 +32,9 @@ from extraction.data.clips import load_batches
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data.images import NUM_DRAWS, Images, ImageWindow, Layer, Paths, move_pictures, write_demo_images
 from extraction.distill import distill
+from extraction.distributed import require_one_process
 from extraction.errors import BudgetExhausted
 from extraction.ledger import Ledger
-from extraction.processes import require_one
 from extraction.report import finish
 from extraction.runs import Run, check_at_least, run_script, set_seed
 from extraction.setting import open_setting, repeat_results, require_inputs
@@ -128,7 +128,7 @@ def main(config: Config) -> dict:
     if config.demo:
         write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})  # the evaluator's alone
         write_demo_images("datasets/demo/images")
-    require_one("the search")
+    require_one_process("the search")
     backend = choose_backend(config.device, config.precision, config.compile)
     images = Images(config.images, 1, len(config.layers), config.size, config.seed)
     run = Run("natural_images_label_only", config.out_dir, config, config.checkpoint_seconds)

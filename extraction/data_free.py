@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from extraction import processes
+from extraction import distributed
 from extraction.distill import answers_to_targets
 from extraction.errors import BudgetExhausted, UserError
 from extraction.ledger import Ledger
@@ -121,7 +121,7 @@ def estimate_gradient(
     shape = (num_clips or len(pre_activation), *pre_activation.shape[1:])
     for _ in range(num_directions):
         direction = torch.randn(shape, generator=generator, device=pre_activation.device, dtype=pre_activation.dtype)
-        direction = direction if num_clips is None else processes.own_share(direction)
+        direction = direction if num_clips is None else distributed.shard(direction)
         direction /= direction.flatten(1).norm(dim=1).view(rows)
         slope = (loss_fn(pre_activation + smoothing * direction) - at) / smoothing
         total += slope.view(rows) * direction
@@ -207,11 +207,11 @@ class Attacker:
     ):
         self.victim, self.student, self.generator = victim, student, generator
         self.student_optimizer, self.generator_optimizer = student_optimizer, generator_optimizer
-        if batch_size % processes.num_processes():
-            raise UserError(f"--batch-size {batch_size}: it must be a multiple of the {processes.num_processes()} processes")
+        if batch_size % distributed.num_processes():
+            raise UserError(f"--batch-size {batch_size}: it must be a multiple of the {distributed.num_processes()} processes")
         self.method, self.batch_size, self.seed = method, batch_size, seed
-        self._student_forward = processes.parallel(student)
-        self._generator_forward = processes.parallel(generator) if generator_optimizer is not None else generator
+        self._student_forward = distributed.parallel(student)
+        self._generator_forward = distributed.parallel(generator) if generator_optimizer is not None else generator
         self.device = next(student.parameters()).device
         self.replay = Replay(replay_clips, clip_shape, victim.num_classes)
         self.num_asked = 0  # clips asked about, paid now or in an earlier life
@@ -229,7 +229,7 @@ class Attacker:
         number = self.seed * 1_000_003 + iteration
         self._rng = torch.Generator(self.device).manual_seed(2 * number)
         self._replay_rng = torch.Generator().manual_seed(2 * number + 1)
-        torch.manual_seed(number * processes.num_processes() + processes.rank())  # for what layers draw, such as dropout
+        torch.manual_seed(number * distributed.num_processes() + distributed.rank())  # for what layers draw, such as dropout
 
     def key(self, iteration: int, slot: int = 0) -> bytes:
         """Names clip `slot` of an iteration; earlier iterations sort before later ones."""
@@ -237,7 +237,7 @@ class Attacker:
 
     def ask(self, clips: Tensor) -> Tensor:
         """The victim's answers to (B, 3, T, H, W) clips: B queries. Raises BudgetExhausted before the budget is passed."""
-        keys = processes.own_share([self.key(self._iteration, self._slot + k) for k in range(self.batch_size)])
+        keys = distributed.shard([self.key(self._iteration, self._slot + k) for k in range(self.batch_size)])
         answers = self.victim.query(clips, keys)
         self._slot += self.batch_size
         self.num_asked += self.batch_size
@@ -248,7 +248,7 @@ class Attacker:
         shape = (self.batch_size, self.generator.noise_dim)
         labels = torch.randint(self.victim.num_classes, shape[:1], generator=self._rng, device=self.device)
         noise = torch.randn(shape, generator=self._rng, device=self.device)
-        return processes.own_share(noise), processes.own_share(labels)
+        return distributed.shard(noise), distributed.shard(labels)
 
     def disagreement(self, clips: Tensor, answers: Tensor, labels: Tensor) -> Tensor:
         """MAZE's and DFME's objective for the generator: minus the student's loss, (B,)."""
@@ -295,11 +295,11 @@ class Attacker:
         targets = self.method.read(answers, self.victim.answers, self.victim.num_classes)
         self._learn(views, targets)
         if len(self.replay.clips):
-            self.replay.push(processes.gather_tensor(clips), processes.gather_tensor(targets), self._replay_rng)
+            self.replay.push(distributed.gather_tensor(clips), distributed.gather_tensor(targets), self._replay_rng)
 
     def step_replay(self) -> None:
         """Train the student on a batch of kept clips: no query."""
-        kept = map(processes.own_share, self.replay.sample(self.batch_size, self._replay_rng))
+        kept = map(distributed.shard, self.replay.sample(self.batch_size, self._replay_rng))
         if self.device.type == "cuda":  # pinned memory is copied while the device works on the step before
             kept = (own.pin_memory() for own in kept)
         clips, targets = (own.to(self.device, non_blocking=True) for own in kept)
@@ -329,7 +329,7 @@ class Attacker:
         self._sums["answers"] = torch.zeros(self.victim.num_classes, device=self.device)
 
     def _all_sums(self) -> dict[str, Tensor]:
-        return {name: processes.total(value) for name, value in self._sums.items()}
+        return {name: distributed.all_reduce_sum(value) for name, value in self._sums.items()}
 
     def figures(self) -> dict[str, float]:
         """The student's mean `loss` and what the generator's clips were like since `clear_figures`.
@@ -352,7 +352,7 @@ class Attacker:
 
     def broke(self) -> bool:
         """Whether a loss of this iteration is not finite."""
-        return bool(self._unread) and not processes.total(torch.stack(self._unread)).isfinite().all()
+        return bool(self._unread) and not distributed.all_reduce_sum(torch.stack(self._unread)).isfinite().all()
 
     # --- what resumes it ---
 
@@ -373,7 +373,7 @@ class Attacker:
     def load_state_dict(self, state: dict) -> None:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        if processes.is_first():  # they are those of all
+        if distributed.is_main_process():  # they are those of all
             self._sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.num_asked = state["num_asked"]
 

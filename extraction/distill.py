@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from extraction import processes
+from extraction import distributed
 from extraction.data.augment import create_views, view_key
 from extraction.data.clips import Batch, Clips, load_batches
 from extraction.errors import UserError
@@ -99,14 +99,14 @@ def distill(
     student after each epoch. `clips.png` in the run's folder shows the first batch as the victim saw it. `victim=None`
     trains on the labels alone.
 
-    Resumes from the run's checkpoint, to the same bits on a CPU. Of several processes (`extraction.processes`) each takes
+    Resumes from the run's checkpoint, to the same bits on a CPU. Of several processes (`extraction.distributed`) each takes
     its share of every batch. Returns the history (a dict per evaluation) and what
     stopped the loop: "epochs", or the line of an exhausted budget. Raises UserError when the loss is not finite and
     KeyboardInterrupt after Ctrl-C, the state being saved.
     """
     device = next(student.parameters()).device
     order = _Order(len(clips), batch_size, epochs, seed)
-    forward = processes.parallel(student)
+    forward = distributed.parallel(student)
     # On a GPU the loss is read only now and then, so that the device never waits for the host.
     read_every = 1 if device.type == "cpu" else 10
     recent, history, first, stopped = deque(maxlen=100), [], 0, "epochs"
@@ -145,7 +145,7 @@ def distill(
         total=epochs * len(clips), initial=min(first * batch_size, epochs * len(clips)), desc=run.experiment, unit="clip",
         dynamic_ncols=True,
     )  # fmt: skip
-    shares = map(processes.own_share, order.batches_from(first))
+    shares = map(distributed.shard, order.batches_from(first))
     loader = load_batches(clips, shares, num_workers, pin_memory=device.type == "cuda")
 
     def ask(batch: Batch, epoch: int) -> Asked:
@@ -153,7 +153,7 @@ def distill(
         view = epoch if views_per_clip is None else epoch % views_per_clip
         keys = [view_key(seed, clips.windows[i].key, view, augmentation) for i in batch.indices]
         affordable = len(keys) if victim is None else victim.count_affordable(keys)
-        wanted, counts = zip(*processes.gather([(len(keys), affordable)]), strict=True)
+        wanted, counts = zip(*distributed.gather([(len(keys), affordable)]), strict=True)
         keys, views, targets = keys[:affordable], batch.clips[:affordable].to(device, non_blocking=True), None
         if affordable:
             views = make_views(views, keys, augmentation)
@@ -167,7 +167,7 @@ def distill(
     mean_loss = sum(recent) / len(recent) if recent else math.nan
     # The next batch is asked about while the student learns from this one: not where the order of bills or of what
     # processes say to each other would depend on it, nor beyond an epoch, whose bill is written down at its end.
-    looks_ahead = craft is None and processes.num_processes() == 1
+    looks_ahead = craft is None and distributed.num_processes() == 1
     batches = ask_ahead(loader, first, order.per_epoch, ask, looks_ahead)
     with run.interruptible(), bar, contextlib.closing(batches):
         for number, batch, asked in batches:
@@ -181,7 +181,7 @@ def distill(
             if craft is not None and not exhausted and min(counts):
                 crafted, crafted_keys = craft(student, views, targets, [b"%s|%d" % (key, number) for key in keys])
                 count = victim.count_affordable(crafted_keys)
-                wanted, crafted_counts = zip(*processes.gather([(len(crafted_keys), count)]), strict=True)
+                wanted, crafted_counts = zip(*distributed.gather([(len(crafted_keys), count)]), strict=True)
                 exhausted = sum(crafted_counts) < sum(wanted)
                 if sum(crafted_counts):
                     targets = torch.cat([targets, _ask(victim, crafted[:count], crafted_keys[:count])])
@@ -192,10 +192,10 @@ def distill(
                 save(number)  # from here a larger budget goes on; what follows trains on the last answers there are
             if min(counts):  # a process without a clip (a last batch can be so small) can't take part in a step
                 # What is drawn in a step, such as dropout, is a function of the step, so that no state of it need be kept.
-                torch.manual_seed((seed * 1_000_003 + number) * processes.num_processes() + processes.rank())
+                torch.manual_seed((seed * 1_000_003 + number) * distributed.num_processes() + distributed.rank())
                 loss = distillation_loss(forward(views), targets, labels, label_weight) * (len(views) / sum(counts))
                 optimizer.zero_grad(set_to_none=True)
-                (loss * processes.num_processes()).backward()  # gradients are averaged over the processes
+                (loss * distributed.num_processes()).backward()  # gradients are averaged over the processes
                 if max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
                 optimizer.step()
@@ -211,7 +211,7 @@ def distill(
             end_of_epoch = (number + 1) % order.per_epoch == 0
             pause = run.checkpoint_due() or end_of_epoch or stopped != "epochs"
             if len(unread) >= read_every or (pause and unread):
-                for value in processes.total(torch.stack(unread)).tolist():
+                for value in distributed.all_reduce_sum(torch.stack(unread)).tolist():
                     if not math.isfinite(value):
                         raise UserError(
                             f"the loss became {value} in epoch {epoch + 1}, batch {number % order.per_epoch + 1} or up to "
@@ -237,7 +237,7 @@ def distill(
                 save(number + 1)
             if run.stop_asked:
                 raise KeyboardInterrupt(f"saved in {run.folder}; run the same command again to continue")
-    clips.broken = list(dict.fromkeys(processes.gather(clips.broken)))
+    clips.broken = list(dict.fromkeys(distributed.gather(clips.broken)))
     return history, stopped
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from extraction import processes
+from extraction import distributed
 from extraction.data.clips import Clips, load_batches
 from extraction.errors import UserError
 from extraction.ledger import Ledger
@@ -50,7 +50,7 @@ def predict_videos(
     total, counts = None, torch.zeros(clips.num_videos, device=device)
     broken = dict(clips.broken)
     batches = [range(i, min(i + batch_size, len(clips))) for i in range(0, len(clips), batch_size)]
-    batches = processes.own_share(batches)
+    batches = distributed.shard(batches)
     loader = load_batches(clips, batches, num_workers, pin_memory=torch.device(device).type == "cuda")
     for batch in tqdm(loader, total=len(batches), desc=desc, unit="batch", leave=False, dynamic_ncols=True):
         broken |= {clips.windows[i].path: reason for i, reason in batch.broken}
@@ -63,16 +63,16 @@ def predict_videos(
             total = torch.zeros(clips.num_videos, probs.shape[1], device=device)
         total.index_add_(0, videos, probs)
         counts.index_add_(0, videos, torch.ones(len(videos), device=device))
-    num_classes = max(processes.gather([0 if total is None else total.shape[1]]))
+    num_classes = max(distributed.gather([0 if total is None else total.shape[1]]))
     if num_classes == 0:
         raise UserError("none of the held-out videos can be decoded")
     if total is None:
         total = torch.zeros(clips.num_videos, num_classes, device=device)
-    total, counts = processes.total(total).cpu(), processes.total(counts).cpu()
+    total, counts = distributed.all_reduce_sum(total).cpu(), distributed.all_reduce_sum(counts).cpu()
     labels = torch.full((clips.num_videos,), -1)
     for window in clips.windows:
         labels[window.video] = window.label
-    return Predictions(total / counts.clamp(min=1)[:, None], labels, list(dict(processes.gather(list(broken.items()))).items()))
+    return Predictions(total / counts.clamp(min=1)[:, None], labels, list(dict(distributed.gather(list(broken.items()))).items()))
 
 
 def video_keys(clips: Clips) -> list[bytes]:

@@ -21,7 +21,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from extraction import processes
+from extraction import distributed
 from extraction.errors import BudgetExhausted, UserError, run_tool
 from extraction.weights import write_atomically
 
@@ -81,7 +81,7 @@ class Ledger:
         self.path, self.answers, self.decimals = Path(path), answers, decimals
         self._layout = "logits" if exact and answers != "label" else answers  # probabilities packed as logits are
         self._database = None  # of several processes the first one has it
-        kept = processes.from_first(self._open)
+        kept = distributed.on_main_process(self._open)
         self._num_queries = int(kept.get("num_queries", 0))
         paid = self._num_queries + len(self) > 0  # a run that failed before binds nobody
         if paid:
@@ -110,7 +110,7 @@ class Ledger:
                     "victim", f"{kept['victim']} ({kept['fingerprint']})", f"{about['victim']} ({about['fingerprint']})"
                 )
             else:
-                processes.from_first(lambda: self._begin(about | {"num_queries": "0"}))
+                distributed.on_main_process(lambda: self._begin(about | {"num_queries": "0"}))
                 kept = about
         self.victim, self.fingerprint = kept["victim"], kept["fingerprint"]
         self.classes = tuple(json.loads(kept["classes"]))
@@ -147,11 +147,11 @@ class Ledger:
         return None if self.query_budget is None else self.query_budget - self._num_queries
 
     def __len__(self) -> int:
-        return processes.from_first(lambda: self._database.execute("SELECT count(*) FROM answers").fetchone()[0])
+        return distributed.on_main_process(lambda: self._database.execute("SELECT count(*) FROM answers").fetchone()[0])
 
     def find(self, keys: Sequence[bytes], table: str = "answers") -> dict[bytes, bytes]:
         """The kept answers among `keys`, the same in all processes, still encoded."""
-        return processes.from_first(lambda: self._find(keys, table))
+        return distributed.on_main_process(lambda: self._find(keys, table))
 
     def _find(self, keys: Sequence[bytes], table: str = "answers") -> dict[bytes, bytes]:
         found: dict[bytes, bytes] = {}
@@ -180,10 +180,10 @@ class Ledger:
 
     def _together(self, keys: Sequence[bytes]) -> tuple[int, list[bytes]]:
         """The keys of all processes, and how many of them come before this one's."""
-        if processes.num_processes() == 1:
+        if distributed.num_processes() == 1:
             return 0, list(keys)
-        shares = processes.gather([(processes.rank(), list(keys))])
-        return sum(len(share) for rank, share in shares if rank < processes.rank()), [k for _, share in shares for k in share]
+        shares = distributed.gather([(distributed.rank(), list(keys))])
+        return sum(len(share) for rank, share in shares if rank < distributed.rank()), [k for _, share in shares for k in share]
 
     def query(self, clips: Tensor, keys: Sequence[bytes]) -> Tensor:
         """Answer (B, 3, T, H, W) clips named by `keys`, paying for those that were never answered.
@@ -217,8 +217,8 @@ class Ledger:
         if own:
             chosen = clips if len(own) == len(clips) else clips[list(own.values())]
             rows = list(zip(own, encode_answers(self._victim.query(chosen), self._layout), strict=True))
-        rows = dict(processes.gather(rows))
-        processes.from_first(lambda: self._keep(rows))  # on the disk before anyone uses them
+        rows = dict(distributed.gather(rows))
+        distributed.on_main_process(lambda: self._keep(rows))  # on the disk before anyone uses them
         self._num_queries += len(rows)
         return rows
 

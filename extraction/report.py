@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 from torch import Tensor
 
-from extraction import processes
+from extraction import distributed
 from extraction.data.clips import report_broken
 from extraction.errors import BudgetExhausted, UserError, run_tool
 from extraction.evaluation import Evaluator
@@ -222,7 +222,7 @@ def draw_queries(path: str | Path, views: Tensor, targets: Tensor, sources: Sequ
 
 
 def _save(figure, path: str | Path, dpi: int) -> None:
-    if processes.is_first():
+    if distributed.is_main_process():
         figure.savefig(path, dpi=dpi)
     _pyplot().close(figure)
 

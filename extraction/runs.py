@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from extraction import processes
+from extraction import distributed
 from extraction.errors import UserError
 from extraction.weights import read_checkpoint, write_atomically
 
@@ -36,7 +36,7 @@ class Run:
         self._started, self._seconds_before = time.monotonic(), 0.0
         self._last_checkpoint = time.monotonic()
         self._writer = None
-        self.finished = processes.from_first(self._open)
+        self.finished = distributed.on_main_process(self._open)
 
     def _open(self) -> dict | None:
         """Make the folder, or see what is in it: the results of a run that ended."""
@@ -77,7 +77,7 @@ class Run:
     def load_state(self) -> dict | None:
         """The last good checkpoint, or None in a new run."""
         path = self.folder / "state.pt"
-        state = processes.from_first(lambda: read_checkpoint(path) if path.exists() else None)
+        state = distributed.on_main_process(lambda: read_checkpoint(path) if path.exists() else None)
         if state:
             self._seconds_before, self._started = state.pop("seconds"), time.monotonic()
         return state
@@ -85,7 +85,7 @@ class Run:
     def checkpoint_due(self) -> bool:
         """Whether it is time to save, or to stop: the same in all processes."""
         due = self.stop_asked, time.monotonic() - self._last_checkpoint >= self.checkpoint_seconds
-        asked, late = zip(*processes.gather([due]), strict=True)
+        asked, late = zip(*distributed.gather([due]), strict=True)
         self.stop_asked = any(asked)
         return self.stop_asked or late[0]
 
@@ -97,7 +97,7 @@ class Run:
 
     def log(self, num_queries: int, values: dict[str, float]) -> None:
         """Write scalars to TensorBoard, against queries."""
-        if not processes.is_first():
+        if not distributed.is_main_process():
             return
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
@@ -115,7 +115,7 @@ class Run:
             "seconds": round(self.seconds, 1),
             "commit": current_commit(),
             "num_threads": torch.get_num_threads(),  # on a CPU they decide how sums are rounded
-            "num_processes": processes.num_processes(),
+            "num_processes": distributed.num_processes(),
             "config": self.config,
         }
         write_atomically(self.folder / "results.json", lambda file: file.write(_to_json(results)))
@@ -166,8 +166,8 @@ def choose_device(name: str) -> torch.device:
 
     With several processes each has its own.
     """
-    if processes.own_device() is not None:
-        return processes.own_device()
+    if distributed.local_device() is not None:
+        return distributed.local_device()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -219,23 +219,23 @@ def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None
         if "OMP_NUM_THREADS" not in os.environ:  # threads beside the loader's workers, not against them: that halves the rate
             threads = torch.get_num_threads()
             torch.set_num_threads(max(1, threads - min(getattr(config, "num_workers", 0), threads // 2)))
-        processes.start(getattr(config, "device", "auto"))
+        distributed.start(getattr(config, "device", "auto"))
         main(config)
-        processes.end()
+        distributed.end()
     except UserError as error:
-        if processes.is_first_to_say(str(error)):
+        if distributed.should_print(str(error)):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        processes.leave(1)
-    except processes.Ended:
-        processes.leave(1)
+        distributed.exit_process(1)
+    except distributed.Ended:
+        distributed.exit_process(1)
     except RuntimeError as error:
-        lost = processes.describe_lost_process(error)
+        lost = distributed.describe_lost_process(error)
         if lost is None:
             raise
-        if processes.is_first_to_say("lost"):
+        if distributed.should_print("lost"):
             print(f"{Path(sys.argv[0]).name}: {lost}", file=sys.stderr)
-        processes.leave(1)
+        distributed.exit_process(1)
     except KeyboardInterrupt as error:
-        if processes.is_first_to_say(str(error)):
+        if distributed.should_print(str(error)):
             print(str(error) or "interrupted", file=sys.stderr)
-        processes.leave(130)
+        distributed.exit_process(130)

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from extraction.distributed import is_main_process
 from extraction.errors import UserError
-from extraction.processes import is_first
 
 _PICKLED = (
     "not a weight file, or pickled code (a whole module?), which is never run here; "
@@ -103,7 +103,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     Raises UserError, in one line, when the disk is full or the folder missing or read-only; the old file is then untouched. Of
     several processes the first one writes.
     """
-    if not is_first():
+    if not is_main_process():
         return
     path = Path(path)
     partial = path.with_name(path.name + ".partial")

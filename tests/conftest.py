@@ -32,4 +32,4 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items: list) -> None:
     """The file that takes longest goes first: at the end one core would wait for it."""
-    items.sort(key=lambda item: "test_processes" not in item.nodeid)
+    items.sort(key=lambda item: "test_distributed" not in item.nodeid)

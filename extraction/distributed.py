@@ -39,7 +39,7 @@ def start(device: str = "auto") -> None:
 
     # On GPUs tensors go round by NCCL and messages by gloo, which needn't wait for what the GPU is busy with.
     PartialState(cpu=not on_gpus, **(dict(backend="cpu:gloo,cuda:nccl") if on_gpus else {}))
-    if not is_first():
+    if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for the rest of this process
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
 
@@ -50,7 +50,7 @@ def end() -> None:
         dist.destroy_process_group()
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """End this process before the work is done. One of several ends at once: in good order it might wait for one that is
     gone, or be aborted by the threads that talk to it."""
     if num_processes() > 1:
@@ -69,11 +69,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     return rank() == 0
 
 
-def own_device() -> torch.device | None:
+def local_device() -> torch.device | None:
     """The device that belongs to this process; None when it is the only one."""
     if num_processes() == 1:
         return None
@@ -82,13 +82,13 @@ def own_device() -> torch.device | None:
     return PartialState().device
 
 
-def require_one(what: str) -> None:
+def require_one_process(what: str) -> None:
     """Raise UserError when there are several processes."""
     if num_processes() > 1:
         raise UserError(f"{what} runs in one process; start it without torchrun or accelerate")
 
 
-def own_share(items: Sequence | Tensor) -> Any:
+def shard(items: Sequence | Tensor) -> Any:
     """This process's part of `items`: the parts of all, in order, are `items` again."""
     if num_processes() == 1:
         return items
@@ -113,7 +113,7 @@ def gather_tensor(own: Tensor) -> Tensor:
     return gather(own.contiguous())
 
 
-def total(own: Tensor) -> Tensor:
+def all_reduce_sum(own: Tensor) -> Tensor:
     """The sum of a tensor over all processes."""
     if num_processes() == 1:
         return own
@@ -126,14 +126,14 @@ class Ended(SystemExit):
     """The first process says why the run ends; the others just end."""
 
 
-def from_first(function: Callable[[], Any]) -> Any:
+def on_main_process(function: Callable[[], Any]) -> Any:
     """What `function` returns in the first process, where alone it is called. Its UserError ends all of them."""
     if num_processes() == 1:
         return function()
     from accelerate.utils import broadcast_object_list
 
     outcome, error = [None, False], None
-    if is_first():
+    if is_main_process():
         try:
             outcome[0] = function()
         except UserError as stop:
@@ -146,7 +146,7 @@ def from_first(function: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-class WholeBatchNorm(nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation over the batches of all processes, in float32.
 
     PyTorch's own needs a GPU, where it makes the host wait in each layer and breaks compiled graphs.
@@ -178,15 +178,15 @@ class WholeBatchNorm(nn.modules.batchnorm._BatchNorm):
         return (normal * self.weight.view(shape) + self.bias.view(shape) if self.affine else normal).to(precision)
 
 
-def _normalise_whole_batches(net: nn.Module) -> None:
+def _synchronise_batch_norms(net: nn.Module) -> None:
     for name, child in net.named_children():
         if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            whole = WholeBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
+            whole = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
             # The same parameters and statistics, so that optimisers and state dicts stay what they are.
             whole._parameters, whole._buffers, whole.training = child._parameters, child._buffers, child.training
             setattr(net, name, whole)
         else:
-            _normalise_whole_batches(child)
+            _synchronise_batch_norms(child)
 
 
 def parallel(net: nn.Module) -> Callable:
@@ -196,7 +196,7 @@ def parallel(net: nn.Module) -> Callable:
     """
     if num_processes() == 1:
         return net
-    _normalise_whole_batches(net)
+    _synchronise_batch_norms(net)
     # Statistics are those of the whole batch everywhere, so they need not be sent round.
     device = next(net.parameters()).device
     return nn.parallel.DistributedDataParallel(
@@ -204,7 +204,7 @@ def parallel(net: nn.Module) -> Callable:
     )
 
 
-def is_first_to_say(line: str) -> bool:
+def should_print(line: str) -> bool:
     """Whether no other process has said `line`: what stops all of them is printed once."""
     if num_processes() == 1:
         return True

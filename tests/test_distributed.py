@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from extraction import ledger
-from extraction.processes import WholeBatchNorm
+from extraction.distributed import SyncBatchNorm
 from extraction.weights import read_checkpoint, read_state
 
 ROOT = Path(__file__).parents[1]
@@ -150,7 +150,7 @@ def test_whole_batch_norm_alone_is_batch_norm():
     try:
         torch.manual_seed(0)
         x = torch.randn(4, 3, 2, 5, 5)
-        theirs, ours = torch.nn.BatchNorm3d(3, momentum=0.3), WholeBatchNorm(3, momentum=0.3)
+        theirs, ours = torch.nn.BatchNorm3d(3, momentum=0.3), SyncBatchNorm(3, momentum=0.3)
         inputs = [x.clone().requires_grad_() for _ in range(2)]
         for norm, value in zip((theirs, ours), inputs, strict=True):
             (norm(value) ** 3).sum().backward()
