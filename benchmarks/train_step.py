@@ -57,7 +57,7 @@ from extraction.data.folders import find_videos
 from extraction.distill import Asked, answers_to_targets, ask_ahead, distillation_loss
 from extraction.errors import UserError
 from extraction.ledger import Ledger
-from extraction.preprocess import Preprocessed
+from extraction.network import VideoModel
 from extraction.runs import check_at_least, choose_device, run_script
 from extraction.students import STUDENTS, create_student
 from extraction.students.r2plus1d import FlatConv3d
@@ -142,7 +142,7 @@ def choose_setting(config: Config, device: torch.device) -> tuple[str, Setting]:
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
-def create_plain(setting: Setting) -> Preprocessed:
+def create_plain(setting: Setting) -> VideoModel:
     """The victim as torchvision has it: float (B, 3, T, H, W) in [0, 1] -> logits."""
     if setting.victim == "demo_swin":
         path = find_weights("demo_swin")
@@ -152,7 +152,7 @@ def create_plain(setting: Setting) -> Preprocessed:
     else:
         torch.manual_seed(0)
         net = swin.create_swin(setting.victim, 400)
-        model = Preprocessed(net, setting.num_frames, setting.size, swin.MEAN, swin.STD)
+        model = VideoModel(net, setting.num_frames, setting.size, swin.MEAN, swin.STD)
     return model.eval().requires_grad_(False)
 
 
@@ -175,12 +175,12 @@ def open_ledger(path: Path, setting: Setting, backend: Backend, exact: bool = Fa
 # --- the step of 2022 ------------------------------------------------------------------------------------------------
 
 
-def normalise(frames: Tensor, model: Preprocessed) -> Tensor:
+def normalise(frames: Tensor, model: VideoModel) -> Tensor:
     return TF.normalize(frames, model.mean.flatten().tolist(), model.std.flatten().tolist())
 
 
 def prepare_one(
-    clip: Tensor, victim: Preprocessed, student: Preprocessed, augmentation: Augmentation, rng: random.Random
+    clip: Tensor, victim: VideoModel, student: VideoModel, augmentation: Augmentation, rng: random.Random
 ) -> tuple[Tensor, Tensor]:
     """A decoded clip, uint8 (T, H, W, C), made ready by itself: (C, T, H, W) for the victim and for the student.
 

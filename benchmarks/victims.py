@@ -16,7 +16,7 @@ import torch
 
 from extraction.backend import choose_backend
 from extraction.errors import UserError
-from extraction.preprocess import Preprocessed
+from extraction.network import VideoModel
 from extraction.runs import check_at_least, choose_device, run_script
 from extraction.victims import KNOWN_CLASSES, VICTIMS, VictimModel, load_model, movinet, swin
 
@@ -38,12 +38,12 @@ class Config:
 
 
 def create_swin(architecture: str) -> VictimModel:
-    model = Preprocessed(swin.FusedSwin(swin.create_swin(architecture, 400)), 32, 224, swin.MEAN, swin.STD)
+    model = VideoModel(swin.FusedSwin(swin.create_swin(architecture, 400)), 32, 224, swin.MEAN, swin.STD)
     return VictimModel(model, KNOWN_CLASSES["k400"](), architecture, "random")
 
 
 def create_movinet(model_id: str, size: int) -> VictimModel:
-    model = Preprocessed(movinet.MoViNet(model_id).eval().fuse(), 50, size)
+    model = VideoModel(movinet.MoViNet(model_id).eval().fuse(), 50, size)
     return VictimModel(model, KNOWN_CLASSES["k600"](), model_id, "random")
 
 

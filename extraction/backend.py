@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from extraction.errors import UserError
-from extraction.preprocess import LAYOUTS, Preprocessed
+from extraction.network import LAYOUTS, VideoModel
 from extraction.runs import choose_device
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -30,7 +30,7 @@ class Backend(NamedTuple):
             if weight.ndim in LAYOUTS:
                 weight.data = weight.data.contiguous(memory_format=LAYOUTS[weight.ndim])
         for part in model.modules():
-            if isinstance(part, Preprocessed):
+            if isinstance(part, VideoModel):
                 part.precision, part.compile_after = self.precision, self.compile_after
         return model
 

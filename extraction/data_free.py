@@ -21,7 +21,7 @@ from extraction import distributed
 from extraction.distill import answers_to_targets
 from extraction.errors import BudgetExhausted, UserError
 from extraction.ledger import Ledger
-from extraction.preprocess import Preprocessed
+from extraction.network import VideoModel
 from extraction.report import draw_queries
 from extraction.runs import Run
 from extraction.victims import ANSWERS
@@ -194,7 +194,7 @@ class Attacker:
     def __init__(
         self,
         victim: Ledger,
-        student: Preprocessed,
+        student: VideoModel,
         generator: nn.Module,
         student_optimizer: torch.optim.Optimizer,
         generator_optimizer: torch.optim.Optimizer | None,
@@ -385,7 +385,7 @@ def extract(
     run: Run,
     attacker: Attacker,
     iterate: Callable[[Attacker, int], None],
-    evaluate: Callable[[Preprocessed], dict[str, float]],
+    evaluate: Callable[[VideoModel], dict[str, float]],
     *,
     iterations: int,
     num_planned: int,

@@ -17,7 +17,7 @@ from extraction.data.augment import create_views, view_key
 from extraction.data.clips import Batch, Clips, load_batches
 from extraction.errors import UserError
 from extraction.ledger import Ledger
-from extraction.preprocess import Preprocessed
+from extraction.network import VideoModel
 from extraction.report import draw_queries
 from extraction.runs import Run
 
@@ -71,19 +71,19 @@ class _Order:
 
 def distill(
     run: Run,
-    student: Preprocessed,
+    student: VideoModel,
     victim: Ledger | None,
     clips: Clips,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    evaluate: Callable[[Preprocessed], dict[str, float]],
+    evaluate: Callable[[VideoModel], dict[str, float]],
     *,
     epochs: int,
     batch_size: int,
     label_weight: float = 0.0,
     augmentation: NamedTuple,
     make_views: Callable[[Tensor, Sequence[bytes], NamedTuple], Tensor] = create_views,
-    craft: Callable[[Preprocessed, Tensor, Tensor, Sequence[bytes]], tuple[Tensor, list[bytes]]] | None = None,
+    craft: Callable[[VideoModel, Tensor, Tensor, Sequence[bytes]], tuple[Tensor, list[bytes]]] | None = None,
     views_per_clip: int | None = None,
     max_grad_norm: float | None = None,
     seed: int = 0,

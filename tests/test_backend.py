@@ -12,7 +12,7 @@ from extraction.data_free import kl_loss
 from extraction.errors import UserError
 from extraction.evaluation import predict_videos
 from extraction.generators import create_generator
-from extraction.preprocess import Preprocessed
+from extraction.network import VideoModel
 from extraction.students import create_student
 from extraction.victims import load_model
 
@@ -76,7 +76,7 @@ def test_a_network_is_compiled_for_the_shape_that_comes_often_and_only_then(monk
         return lambda batch: net(batch) + 1
 
     monkeypatch.setattr(torch, "compile", compile)
-    model = Preprocessed(nn.Sequential(nn.Flatten(), nn.LazyLinear(2)))
+    model = VideoModel(nn.Sequential(nn.Flatten(), nn.LazyLinear(2)))
     backend = choose_backend("cpu")._replace(compile_after=3)
     backend.place(model)
     with torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 
 from extraction.data.augment import Augmentation, create_views
 from extraction.errors import UserError
-from extraction.preprocess import fit_clips
+from extraction.network import fit_clips
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 train_step, data_free_step = map(importlib.import_module, ("train_step", "data_free_step"))

@@ -19,7 +19,7 @@ from extraction.data.folders import find_videos, normalise_class
 from extraction.errors import BudgetExhausted, UserError
 from extraction.evaluation import Evaluator, check_victim, predict_videos, score
 from extraction.ledger import Ledger
-from extraction.preprocess import fit_clips
+from extraction.network import fit_clips
 from extraction.victims import KNOWN_CLASSES, VICTIMS, create_network, load_model, load_victim, movinet
 from extraction.weights import save_weights
 from grey_box import eval_teacher

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from extraction.errors import UserError
-from extraction.preprocess import Preprocessed
+from extraction.network import VideoModel
 from extraction.victims import movinet
 from extraction.victims.movinet import MODELS, MoViNet, load_movinet_state
 from extraction.weights import read_metadata
@@ -341,7 +341,7 @@ def test_cpu_convolutions_see_channels_last(demo):
     for module in (model := model.fuse()).modules():
         if isinstance(module, nn.Conv3d):
             module.register_forward_pre_hook(note)
-    Preprocessed(model)(random_clips(2, 3, 4, 16, 16))
+    VideoModel(model)(random_clips(2, 3, 4, 16, 16))
     assert layouts
     assert all(layouts)
 

@@ -14,7 +14,7 @@ from extraction import generators
 from extraction.backend import Backend
 from extraction.data.augment import Augmentation, create_views
 from extraction.distill import answers_to_targets, distillation_loss
-from extraction.preprocess import _resize_matrix
+from extraction.network import _resize_matrix
 from extraction.students import STUDENTS, create_student
 from extraction.victims import create_network, swin
 

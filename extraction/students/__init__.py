@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from extraction.errors import UserError
-from extraction.preprocess import Preprocessed, fit_clips
+from extraction.network import VideoModel, fit_clips
 from extraction.weights import load_strictly, read_metadata, read_state
 
 _KINETICS = dict(mean=(0.43216, 0.394666, 0.37645), std=(0.22803, 0.22145, 0.216989))
@@ -71,7 +71,7 @@ def grey_triplets(clips: Tensor) -> Tensor:
     return torch.stack([grey[:, :-2], grey[:, 1:-1], grey[:, 2:]], dim=1)
 
 
-class Student(Preprocessed):
+class Student(VideoModel):
     """A network with its preprocessing: float (B, 3, T, H, W) RGB in [0, 1] -> logits (B, num_classes).
 
     A network of shorter clips or of images is shown a clip's windows, and their logits are averaged.

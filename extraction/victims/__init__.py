@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from extraction.errors import BudgetExhausted, UserError
-from extraction.preprocess import Preprocessed
+from extraction.network import VideoModel
 from extraction.weights import fingerprint, load_strictly, read_metadata, read_state
 
 ANSWERS = ("logits", "probs", "top5", "label")
@@ -32,7 +32,7 @@ class VictimModel(nn.Module):
     clips outside [0, 1]: brightness from 0 to 255, or what was normalised already, would get answers that mean nothing.
     """
 
-    def __init__(self, model: Preprocessed, classes: list[str], name: str, fingerprint: str):
+    def __init__(self, model: VideoModel, classes: list[str], name: str, fingerprint: str):
         super().__init__()
         self.model, self.classes, self.name, self.fingerprint = model, tuple(classes), name, fingerprint
         self.eval().requires_grad_(False)
@@ -64,7 +64,7 @@ def _kinetics600_classes() -> list[str]:
 KNOWN_CLASSES: dict[str, Callable[[], list[str]]] = {"k400": _kinetics400_classes, "k600": _kinetics600_classes}
 
 
-def _load_swin(architecture: str, weights: Path) -> tuple[Preprocessed, list[str]]:
+def _load_swin(architecture: str, weights: Path) -> tuple[VideoModel, list[str]]:
     from extraction.victims import swin  # here, because torchvision takes a second to import
 
     state = swin.to_torchvision_keys(read_state(weights))
@@ -74,10 +74,10 @@ def _load_swin(architecture: str, weights: Path) -> tuple[Preprocessed, list[str
         raise UserError(f"{weights}: the head has {len(head)} classes, {architecture}_k400 has {len(classes)}")
     net = swin.create_swin(architecture, len(classes))
     swin.load_state(net, state, weights, architecture)
-    return Preprocessed(swin.FusedSwin(net), 32, 224, swin.MEAN, swin.STD), classes
+    return VideoModel(swin.FusedSwin(net), 32, 224, swin.MEAN, swin.STD), classes
 
 
-def create_network(architecture: str, num_classes: int, num_frames: int, size: int) -> Preprocessed:
+def create_network(architecture: str, num_classes: int, num_frames: int, size: int) -> VideoModel:
     """A victim's network with fresh weights and its preprocessing, for `train_victim.py` and for loading what it made.
 
     Raises UserError for an architecture that is not one of `swin.ARCHITECTURES` or movinet_demo.
@@ -87,13 +87,13 @@ def create_network(architecture: str, num_classes: int, num_frames: int, size: i
     if architecture == "movinet_demo":
         # The authors' regularisation and slow statistics are for long trainings; the demo's has a few hundred steps.
         net = movinet.MoViNet("demo", num_classes, dropout=0.0, stochastic_depth=0.0, norm_momentum=0.1)
-        return Preprocessed(net, num_frames, size)
+        return VideoModel(net, num_frames, size)
     if architecture not in swin.ARCHITECTURES:
         raise UserError(f"no architecture is called {architecture!r}; there are {', '.join(swin.ARCHITECTURES)}, movinet_demo")
-    return Preprocessed(swin.create_swin(architecture, num_classes), num_frames, size, swin.MEAN, swin.STD)
+    return VideoModel(swin.create_swin(architecture, num_classes), num_frames, size, swin.MEAN, swin.STD)
 
 
-def _load_trained(weights: Path) -> tuple[Preprocessed, list[str]]:
+def _load_trained(weights: Path) -> tuple[VideoModel, list[str]]:
     """A victim made by `train_victim.py`: its file says which architecture, classes and clip it has."""
     from extraction.victims import movinet, swin
 
@@ -106,7 +106,7 @@ def _load_trained(weights: Path) -> tuple[Preprocessed, list[str]]:
     return model, about["classes"]
 
 
-def _load_movinet(model_id: str, size: int, weights: Path) -> tuple[Preprocessed, list[str]]:
+def _load_movinet(model_id: str, size: int, weights: Path) -> tuple[VideoModel, list[str]]:
     from extraction.victims import movinet
 
     state, classes = movinet.load_movinet_state(weights, model_id), _kinetics600_classes()
@@ -115,17 +115,17 @@ def _load_movinet(model_id: str, size: int, weights: Path) -> tuple[Preprocessed
         raise UserError(f"{weights}: the head has {found} classes, movinet_{model_id}_k600 has {len(classes)}")
     net = movinet.MoViNet(model_id, len(classes))
     net.load_state_dict(state)
-    return Preprocessed(net.fuse(), 50, size), classes
+    return VideoModel(net.fuse(), 50, size), classes
 
 
-def _load_tfhub(size: int, weights: Path) -> tuple[Preprocessed, list[str]]:
+def _load_tfhub(size: int, weights: Path) -> tuple[VideoModel, list[str]]:
     from extraction.victims import tfhub
 
     classes = _kinetics600_classes()
-    return Preprocessed(tfhub.SavedModel(weights, len(classes)), 50, size), classes
+    return VideoModel(tfhub.SavedModel(weights, len(classes)), 50, size), classes
 
 
-def _load_torchvision(name: str, weights: Path) -> tuple[Preprocessed, list[str]]:
+def _load_torchvision(name: str, weights: Path) -> tuple[VideoModel, list[str]]:
     """One of torchvision's video models, with the normalisation and classes of its published weights."""
     from torchvision import models
 
@@ -138,16 +138,16 @@ def _load_torchvision(name: str, weights: Path) -> tuple[Preprocessed, list[str]
     load_strictly(net, read_state(weights), weights, f"torchvision's {name}")
     # torchvision's documentation alone says how long the clips of the training were.
     num_frames = 128 if name == "s3d" else 32 if name.startswith("swin3d") else 16
-    return Preprocessed(net, num_frames, shown.crop_size[0], shown.mean, shown.std), classes
+    return VideoModel(net, num_frames, shown.crop_size[0], shown.mean, shown.std), classes
 
 
-def _load_mmaction(config: str, weights: Path) -> tuple[Preprocessed, list[str]]:
+def _load_mmaction(config: str, weights: Path) -> tuple[VideoModel, list[str]]:
     from extraction.victims import mmaction
 
     return mmaction.load_recognizer(config, weights)
 
 
-def _load_pytorchvideo(name: str, weights: Path) -> tuple[Preprocessed, list[str]]:
+def _load_pytorchvideo(name: str, weights: Path) -> tuple[VideoModel, list[str]]:
     from extraction.victims import pytorchvideo
 
     return pytorchvideo.load_hub_model(name, weights)

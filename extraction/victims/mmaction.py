@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from extraction.errors import UserError
-from extraction.preprocess import Preprocessed
+from extraction.network import VideoModel
 from extraction.victims import KNOWN_CLASSES
 from extraction.weights import load_strictly, read_checkpoint, read_metadata, read_state
 
@@ -38,7 +38,7 @@ class Recognizer(nn.Module):
         return logits
 
 
-def load_recognizer(config: str | Path, weights: Path) -> tuple[Preprocessed, list[str]]:
+def load_recognizer(config: str | Path, weights: Path) -> tuple[VideoModel, list[str]]:
     """Build the model of an mmaction2 config and load its checkpoint.
 
     Its classes are those in the checkpoint's meta or, failing that, in `NAME.classes.txt` beside the checkpoint `NAME.pth`:
@@ -65,7 +65,7 @@ def load_recognizer(config: str | Path, weights: Path) -> tuple[Preprocessed, li
     mean = [m / 255 for m in normaliser.mean.flatten().tolist()] if normalised else [0.0] * 3
     std = [s / 255 for s in normaliser.std.flatten().tolist()] if normalised else [1 / 255] * 3
     num_frames, size = _find_clip(described)
-    return Preprocessed(Recognizer(net, len(classes), layout == "NCHW"), num_frames, size, mean, std), classes
+    return VideoModel(Recognizer(net, len(classes), layout == "NCHW"), num_frames, size, mean, std), classes
 
 
 def _read_config(config: str | Path) -> Any:

@@ -221,7 +221,7 @@ class MoViNet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, clips: Tensor) -> Tensor:
-        # On a CPU depthwise convolutions run 5 to 18 times faster with the channels last, as `Preprocessed` brings them.
+        # On a CPU depthwise convolutions run 5 to 18 times faster with the channels last, as `VideoModel` brings them.
         x = clips.transpose(1, 2)
         x = self.blocks(swish(self.stem(x)))
         x = swish(self.head(x)).mean((1, 3, 4))

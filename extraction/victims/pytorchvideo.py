@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from extraction.errors import UserError
-from extraction.preprocess import Preprocessed
+from extraction.network import VideoModel
 from extraction.victims import KNOWN_CLASSES
 from extraction.weights import load_strictly, read_state
 
@@ -56,7 +56,7 @@ class HubModel(nn.Module):
         return answers.float().clamp_min(torch.finfo(torch.float32).tiny).log() if self.says_probs else answers
 
 
-def load_hub_model(name: str, weights: Path) -> tuple[Preprocessed, list[str]]:
+def load_hub_model(name: str, weights: Path) -> tuple[VideoModel, list[str]]:
     """Build the hub's model `name` and load its checkpoint (`model_state` inside). Raises UserError."""
     if name not in MODELS:
         raise UserError(f"pytorchvideo's hub has no Kinetics-400 model {name!r}; there are {', '.join(MODELS)}")
@@ -69,4 +69,4 @@ def load_hub_model(name: str, weights: Path) -> tuple[Preprocessed, list[str]]:
     net = getattr(hub, name)(pretrained=False)
     load_strictly(net, read_state(weights), weights, f"pytorchvideo's {name}")
     num_frames, size = MODELS[name]
-    return Preprocessed(HubModel(net, "slowfast" in name), num_frames, size, MEAN, STD), list(KNOWN_CLASSES["k400"]())
+    return VideoModel(HubModel(net, "slowfast" in name), num_frames, size, MEAN, STD), list(KNOWN_CLASSES["k400"]())

@@ -33,7 +33,7 @@ def _resize_matrix(side: int, size: int, device: torch.device) -> Tensor:
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-class Preprocessed(nn.Module):
+class VideoModel(nn.Module):
     """A network with its own preprocessing: float (B, 3, T, H, W) RGB in [0, 1] -> float32 logits (B, num_classes).
 
     `num_frames` and `size` are what the network was trained on (None: any), `mean` and `std` its normalisation in [0, 1].
