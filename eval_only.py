@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from extraction.backend import choose_backend
+from extraction.compute import choose_compute
 from extraction.data.clips import Clips, report_broken
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, read_classes, require_folder
@@ -81,7 +81,7 @@ def main(config: Config) -> dict:
     root = require_folder(config.data, "labelled videos, in class folders,")
     views = parse_views(config.views)
     named = None if config.classes is None else _read_classes(config.classes)
-    backend = choose_backend(config.device, config.precision, config.compile)
+    compute = choose_compute(config.device, config.precision, config.compile)
     student, about = load_student(config.student, config.weights)
     classes = about.get("classes") or named
     if classes is None:
@@ -93,7 +93,7 @@ def main(config: Config) -> dict:
         for name, usual in (("num_frames", 32), ("stride", 1), ("size", 224))
     }
     clips = Clips(find_videos(root, classes, "val", config.data_list), views=views, **shape)
-    said = predict_videos(backend.place(student), clips, backend.device, config.batch_size, config.num_workers)
+    said = predict_videos(compute.prepare(student), clips, compute.device, config.batch_size, config.num_workers)
     results = score(said.probs, said.labels)
     suffix = ".unseen.classes.csv" if config.unseen else ".classes.csv"
     table = Path(config.csv) if config.csv else Path(config.weights).with_suffix(suffix)

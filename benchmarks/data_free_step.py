@@ -33,7 +33,7 @@ from torch import Tensor
 from train_step import SCALES, create_plain, open_ledger
 
 from extraction import distributed
-from extraction.backend import Backend, choose_backend
+from extraction.compute import Compute, choose_compute
 from extraction.data_free import Attacker, create_optimizer, find_method
 from extraction.errors import UserError
 from extraction.generators import create_generator
@@ -66,9 +66,9 @@ class Config:
     """on, off, or auto: on for a GPU."""
 
 
-def choose_constants(config: Config, backend: Backend) -> tuple[str, Any]:
+def choose_constants(config: Config, compute: Compute) -> tuple[str, Any]:
     """The script's, with what its method says where they are None."""
-    scale = config.scale if config.scale != "auto" else "full" if backend.device.type == "cuda" else "demo"
+    scale = config.scale if config.scale != "auto" else "full" if compute.device.type == "cuda" else "demo"
     if scale not in SCALES:
         raise UserError(f"--scale {scale}: write auto, {' or '.join(SCALES)}")
     constants = SCRIPT["Config"](**SCRIPT["DEMO"] if scale == "demo" else {})
@@ -93,8 +93,8 @@ def create_networks(constants: Any, num_classes: int) -> tuple:
 # --- the iteration of 2022 -------------------------------------------------------------------------------------------
 
 
-def build_legacy(scale: str, constants: Any, backend: Backend, folder: Path) -> Callable[[], None]:
-    device, batch = backend.device, constants.batch_size
+def build_legacy(scale: str, constants: Any, compute: Compute, folder: Path) -> Callable[[], None]:
+    device, batch = compute.device, constants.batch_size
     victim = create_plain(SCALES[scale]).to(device)
     num_classes = victim.net.head.out_features
     student, generator = (net.to(device).train() for net in create_networks(constants, num_classes))
@@ -167,10 +167,10 @@ def build_legacy(scale: str, constants: Any, backend: Backend, folder: Path) -> 
 # --- our iteration ---------------------------------------------------------------------------------------------------
 
 
-def create_attacker(scale: str, constants: Any, backend: Backend, folder: Path) -> Attacker:
-    ledger = open_ledger(folder / "ledger.sqlite", SCALES[scale], backend, exact=True)
+def create_attacker(scale: str, constants: Any, compute: Compute, folder: Path) -> Attacker:
+    ledger = open_ledger(folder / "ledger.sqlite", SCALES[scale], compute, exact=True)
     student, generator = create_networks(constants, ledger.num_classes)
-    student, generator = backend.place(student).train(), generator.to(backend.device).train()
+    student, generator = compute.prepare(student).train(), generator.to(compute.device).train()
     return Attacker(
         ledger, student, generator,
         create_optimizer(constants.optimizer, student.parameters(), constants.student_lr, constants.weight_decay),
@@ -191,8 +191,8 @@ def list_steps(attacker: Attacker, constants: Any) -> dict[str, tuple[int, Calla
     }
 
 
-def build_ours(scale: str, constants: Any, backend: Backend, folder: Path) -> Callable[[], None]:
-    attacker = create_attacker(scale, constants, backend, folder)
+def build_ours(scale: str, constants: Any, compute: Compute, folder: Path) -> Callable[[], None]:
+    attacker = create_attacker(scale, constants, compute, folder)
     steps, done = list_steps(attacker, constants), [0]
 
     def iterate() -> None:
@@ -220,21 +220,21 @@ ROWS = {"2022": build_legacy, "ours": build_ours}
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
-def run_row(name: str, config: Config, scale: str, constants: Any, backend: Backend) -> dict[str, float]:
+def run_row(name: str, config: Config, scale: str, constants: Any, compute: Compute) -> dict[str, float]:
     """What a process that runs one row says of itself."""
     if name not in ROWS:
         raise UserError(f"--alone {name}: there are {'; '.join(ROWS)}")
     with tempfile.TemporaryDirectory() as folder:
-        step, memory = warm_up(partial(ROWS[name], scale, constants, backend, Path(folder)), backend.device, 1)
-        seconds = statistics.median(take_turns({name: step}, config.turns, config.iterations, backend.device)[name])
+        step, memory = warm_up(partial(ROWS[name], scale, constants, compute, Path(folder)), compute.device, 1)
+        seconds = statistics.median(take_turns({name: step}, config.turns, config.iterations, compute.device)[name])
     return dict(seconds=seconds, memory=peak_memory() if memory is None else memory)
 
 
-def compare_speed(config: Config, scale: str, constants: Any, backend: Backend) -> None:
-    device, steps, memory = backend.device, {}, {}
+def compare_speed(config: Config, scale: str, constants: Any, compute: Compute) -> None:
+    device, steps, memory = compute.device, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name, build in ROWS.items():
-            steps[name], memory[name] = warm_up(partial(build, scale, constants, backend, Path(folder)), device, 1)
+            steps[name], memory[name] = warm_up(partial(build, scale, constants, compute, Path(folder)), device, 1)
         seconds = take_turns(steps, config.turns, config.iterations, device)
     if config.memory and device.type == "cpu":
         kept = ("scale", "batch_size", "device", "precision", "compile")
@@ -254,10 +254,10 @@ def compare_speed(config: Config, scale: str, constants: Any, backend: Backend) 
     )
 
 
-def show_profile(config: Config, scale: str, constants: Any, backend: Backend) -> None:
-    device = backend.device
+def show_profile(config: Config, scale: str, constants: Any, compute: Compute) -> None:
+    device = compute.device
     with tempfile.TemporaryDirectory() as folder:
-        attacker = create_attacker(scale, constants, backend, Path(folder))
+        attacker = create_attacker(scale, constants, compute, Path(folder))
         steps = list_steps(attacker, constants)
         seconds = {name: [] for name in steps}
         for number in range(1 + config.turns):
@@ -286,25 +286,25 @@ def show_profile(config: Config, scale: str, constants: Any, backend: Backend) -
 def main(config: Config) -> None:
     check_at_least(config, 1, "batch_size", "iterations", "turns")
     distributed.require_one_process("this comparison")
-    backend = choose_backend(config.device, config.precision, config.compile)
-    if config.compile == "auto" and backend.device.type == "cuda":
-        backend = backend._replace(compile_after=1)
-    scale, constants = choose_constants(config, backend)
+    compute = choose_compute(config.device, config.precision, config.compile)
+    if config.compile == "auto" and compute.device.type == "cuda":
+        compute = compute._replace(compile_after=1)
+    scale, constants = choose_constants(config, compute)
     if config.alone:
-        print(json.dumps(run_row(config.alone, config, scale, constants, backend)))
+        print(json.dumps(run_row(config.alone, config, scale, constants, compute)))
         return
     begin = time.perf_counter()
-    where = torch.cuda.get_device_name() if backend.device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    where = torch.cuda.get_device_name() if compute.device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
     shape = f"{constants.batch_size}x{constants.num_frames}x{constants.size}x{constants.size}"
-    ours = f"ours in {str(backend.precision)[6:]}, {'not compiled' if backend.compile_after is None else 'compiled'}"
+    ours = f"ours in {str(compute.precision)[6:]}, {'not compiled' if compute.compile_after is None else 'compiled'}"
     print(
         f"{SCALES[scale].victim} into {constants.student}, {constants.generator}, batches of {shape}, {where}; {ours}",
         flush=True,
     )
     if config.profile:
-        show_profile(config, scale, constants, backend)
+        show_profile(config, scale, constants, compute)
     else:
-        compare_speed(config, scale, constants, backend)
+        compare_speed(config, scale, constants, compute)
     print(f"{time.perf_counter() - begin:.0f} s")
 
 

@@ -49,7 +49,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 
 from extraction import distributed
-from extraction.backend import PRECISIONS, Backend, choose_backend
+from extraction.compute import PRECISIONS, Compute, choose_compute
 from extraction.data.augment import Augmentation, create_views, view_key
 from extraction.data.clips import Clips, load_batches
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
@@ -167,8 +167,8 @@ def create_victim(setting: Setting) -> VictimModel:
     return VictimModel(model, KNOWN_CLASSES["k400"](), setting.victim, "random")
 
 
-def open_ledger(path: Path, setting: Setting, backend: Backend, exact: bool = False) -> Ledger:
-    victim = lambda spent: Victim(backend.place(create_victim(setting)), "probs", num_queries=spent)  # noqa: E731
+def open_ledger(path: Path, setting: Setting, compute: Compute, exact: bool = False) -> Ledger:
+    victim = lambda spent: Victim(compute.prepare(create_victim(setting)), "probs", num_queries=spent)  # noqa: E731
     return Ledger(path, victim, "probs", exact=exact)
 
 
@@ -237,16 +237,16 @@ def build_legacy(setting: Setting, device: torch.device, folder: Path, prepare: 
 # --- our step --------------------------------------------------------------------------------------------------------
 
 
-def build_ours(setting: Setting, backend: Backend, folder: Path, kept: bool, flat: bool = True) -> Callable[[], None]:
-    device = backend.device
-    ledger = open_ledger(folder / f"kept_{kept}_{flat}.sqlite", setting, backend)
+def build_ours(setting: Setting, compute: Compute, folder: Path, kept: bool, flat: bool = True) -> Callable[[], None]:
+    device = compute.device
+    ledger = open_ledger(folder / f"kept_{kept}_{flat}.sqlite", setting, compute)
     torch.manual_seed(0)
     student = create_student(setting.student, ledger.num_classes)
     student.size = setting.student_size
     for module in [] if flat else student.modules():
         if isinstance(module, FlatConv3d):
             module.__class__ = nn.Conv3d
-    student = backend.place(student).train()
+    student = compute.prepare(student).train()
     optimizer = torch.optim.AdamW(student.parameter_groups(HEAD_LR, BODY_LR), fused=True)
     forward, world = distributed.parallel(student), distributed.num_processes()
     places = distributed.shard(range(setting.batch_size))
@@ -288,11 +288,11 @@ def build_ours(setting: Setting, backend: Backend, folder: Path, kept: bool, fla
     return step
 
 
-ROWS: dict[str, Callable[[Setting, Backend, Path], Callable[[], None]]] = {
-    "2022": lambda setting, backend, folder: build_legacy(setting, backend.device, folder, True, False),
-    "2022, saving": lambda setting, backend, folder: build_legacy(setting, backend.device, folder, True, True),
-    "2022, networks only": lambda setting, backend, folder: build_legacy(setting, backend.device, folder, False, False),
-    "2022, networks only, saving": lambda setting, backend, folder: build_legacy(setting, backend.device, folder, False, True),
+ROWS: dict[str, Callable[[Setting, Compute, Path], Callable[[], None]]] = {
+    "2022": lambda setting, compute, folder: build_legacy(setting, compute.device, folder, True, False),
+    "2022, saving": lambda setting, compute, folder: build_legacy(setting, compute.device, folder, True, True),
+    "2022, networks only": lambda setting, compute, folder: build_legacy(setting, compute.device, folder, False, False),
+    "2022, networks only, saving": lambda setting, compute, folder: build_legacy(setting, compute.device, folder, False, True),
     "ours, live": partial(build_ours, kept=False),
     "ours, kept": partial(build_ours, kept=True),
 }
@@ -319,7 +319,7 @@ def count_flops(setting: Setting) -> dict[str, int]:
         return dict(victim=count(victim, setting.size, False), student=count(student, setting.student_size, True))
 
 
-def run_row(name: str, config: Config, setting: Setting, backend: Backend) -> dict[str, float]:
+def run_row(name: str, config: Config, setting: Setting, compute: Compute) -> dict[str, float]:
     """What a process that runs one row says of itself."""
     if name not in ROWS:
         raise UserError(f"--alone {name}: there are {'; '.join(ROWS)}")
@@ -327,8 +327,8 @@ def run_row(name: str, config: Config, setting: Setting, backend: Backend) -> di
         distributed.require_one_process(name)
     before = peak_memory()
     with tempfile.TemporaryDirectory() as folder:
-        step, memory = warm_up(partial(ROWS[name], setting, backend, Path(folder)), backend.device)
-        seconds = statistics.median(take_turns({name: step}, config.turns, config.steps, backend.device)[name])
+        step, memory = warm_up(partial(ROWS[name], setting, compute, Path(folder)), compute.device)
+        seconds = statistics.median(take_turns({name: step}, config.turns, config.steps, compute.device)[name])
     memory = peak_memory() if memory is None else memory
     return dict(clips_per_second=setting.batch_size / seconds, memory=max(distributed.gather([memory])), before=before)
 
@@ -340,22 +340,22 @@ def to_flags(config: Config, **changes) -> list[str]:
     return [part for name, value in values.items() if value is not None for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def describe(setting: Setting, backend: Backend) -> str:
-    where = torch.cuda.get_device_name() if backend.device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
-    compiled = "not compiled" if backend.compile_after is None else "compiled"
+def describe(setting: Setting, compute: Compute) -> str:
+    where = torch.cuda.get_device_name() if compute.device.type == "cuda" else f"CPU, threads: {torch.get_num_threads()}"
+    compiled = "not compiled" if compute.compile_after is None else "compiled"
     shape = f"{setting.batch_size}x{setting.num_frames}x{setting.size}x{setting.size}"
-    ours = f"ours in {str(backend.precision)[6:]}, {compiled}"
+    ours = f"ours in {str(compute.precision)[6:]}, {compiled}"
     return f"{setting.victim} into {setting.student} at {setting.student_size}, batches of {shape}, {where}; {ours}"
 
 
-def compare_speed(config: Config, setting: Setting, backend: Backend) -> None:
-    device, flops = backend.device, count_flops(setting)
-    peaks = {precision: measure_matmul(device, precision) for precision in {torch.float32, backend.precision}}
+def compare_speed(config: Config, setting: Setting, compute: Compute) -> None:
+    device, flops = compute.device, count_flops(setting)
+    peaks = {precision: measure_matmul(device, precision) for precision in {torch.float32, compute.precision}}
     with tempfile.TemporaryDirectory() as folder:
         steps, memory = {}, {}
         rows = ROWS | (GPU_ROWS if device.type == "cuda" else {})
         for name, build in rows.items():
-            steps[name], memory[name] = warm_up(partial(build, setting, backend, Path(folder)), device)
+            steps[name], memory[name] = warm_up(partial(build, setting, compute, Path(folder)), device)
         seconds = take_turns(steps, config.turns, config.steps, device)
     if config.memory and device.type == "cpu":
         few = dict(steps=1, turns=1)
@@ -366,7 +366,7 @@ def compare_speed(config: Config, setting: Setting, backend: Backend) -> None:
         rate = setting.batch_size / statistics.median(seconds[name])
         ratios = [times_as_fast(seconds, name, base) for base in bases]
         work = flops["student"] + (0 if "kept" in name else flops["victim"])
-        share = 100 * work * rate / peaks[backend.precision if name.startswith("ours") else torch.float32]
+        share = 100 * work * rate / peaks[compute.precision if name.startswith("ours") else torch.float32]
         print(f"{name:28} {rate:8.2f} {ratios[0]:8.2f} {ratios[1]:16.2f} {describe_bytes(memory[name]):>12} {share:17.1f} %")
     measured = ", ".join(f"{peak / 1e12:.2f} TFLOP/s in {str(precision)[6:]}" for precision, peak in peaks.items())
     print(
@@ -378,15 +378,15 @@ def compare_speed(config: Config, setting: Setting, backend: Backend) -> None:
 
 
 @torch.no_grad()
-def compare_answers(setting: Setting, backend: Backend, batches: list[Tensor]) -> tuple[int, int, float]:
+def compare_answers(setting: Setting, compute: Compute, batches: list[Tensor]) -> tuple[int, int, float]:
     """How many of the uint8 (B, T, H, W, C) clips have the same top class as of plain torchvision in float32, of how many,
     and the mean KL (plain || fast) in nats. The fast answers are those that a student gets: through the ledger."""
-    plain, same, divergence, count = create_plain(setting).to(backend.device), 0, 0.0, 0
+    plain, same, divergence, count = create_plain(setting).to(compute.device), 0, 0.0, 0
     with tempfile.TemporaryDirectory() as folder:
-        ledger = open_ledger(Path(folder) / "answers.sqlite", setting, backend)
+        ledger = open_ledger(Path(folder) / "answers.sqlite", setting, compute)
         for batch in batches:
             keys = [view_key(0, f"clip {count + place}", 0, AUGMENTATION) for place in range(len(batch))]
-            views = create_views(batch.to(backend.device), keys, AUGMENTATION)
+            views = create_views(batch.to(compute.device), keys, AUGMENTATION)
             slow = plain(views).double().softmax(1)
             fast = answers_to_targets(ledger.query(views, keys), ledger.answers, ledger.num_classes).double()
             fast /= fast.sum(1, keepdim=True)  # again, in float64: the sum's rounding in float32 is more than the divergence
@@ -411,15 +411,15 @@ def check_answers(config: Config, setting: Setting, device: torch.device) -> Non
     demo, met = SCALES["demo"], True
     loaded = load_demo_clips(config.demo_set, demo)
     for precision in PRECISIONS:
-        backend = choose_backend(config.device, precision, config.compile)
-        same, count, divergence = compare_answers(demo, backend, loaded)
+        compute = choose_compute(config.device, precision, config.compile)
+        same, count, divergence = compare_answers(demo, compute, loaded)
         good = same >= MIN_SAME * count and divergence <= MAX_DIVERGENCE
         print(f"demo_swin in {precision}: top-1 the same on {same} of {count} clips, mean KL {divergence:.1e} nats", end="; ")
         print(f"wanted {100 * MIN_SAME} %, {MAX_DIVERGENCE}: {'met' if good else 'NOT MET'}", flush=True)
         met = met and good
         if setting.victim != "demo_swin":
             shape = setting.batch_size, setting.num_frames, setting.size, setting.size, 3
-            _, count, divergence = compare_answers(setting, backend, [torch.randint(256, shape, dtype=torch.uint8)])
+            _, count, divergence = compare_answers(setting, compute, [torch.randint(256, shape, dtype=torch.uint8)])
             good = divergence <= MAX_DIVERGENCE
             print(f"{setting.victim}, random, in {precision}: mean KL {divergence:.1e} nats: {'met' if good else 'NOT MET'}")
             met = met and good
@@ -430,14 +430,14 @@ def check_answers(config: Config, setting: Setting, device: torch.device) -> Non
 # --- where the time goes, and how it grows ---------------------------------------------------------------------------
 
 
-def show_profile(config: Config, setting: Setting, backend: Backend) -> None:
-    device, flops = backend.device, count_flops(setting)
+def show_profile(config: Config, setting: Setting, compute: Compute) -> None:
+    device, flops = compute.device, count_flops(setting)
     with tempfile.TemporaryDirectory() as folder:
-        victim = Victim(backend.place(create_victim(setting)), "probs")
+        victim = Victim(compute.prepare(create_victim(setting)), "probs")
         views = torch.rand(setting.batch_size, 3, setting.num_frames, setting.size, setting.size, device=device)
-        parts = dict(victim=lambda: victim.query(views), student=build_ours(setting, backend, Path(folder), True))
+        parts = dict(victim=lambda: victim.query(views), student=build_ours(setting, compute, Path(folder), True))
         if device.type == "cuda":  # both at once: what is left between their kernels
-            parts["victim + student"] = build_ours(setting, backend, Path(folder), False)
+            parts["victim + student"] = build_ours(setting, compute, Path(folder), False)
             flops["victim + student"] = flops["victim"] + flops["student"]
         activities = [torch.profiler.ProfilerActivity.CPU]
         if device.type == "cuda":
@@ -459,14 +459,14 @@ def show_profile(config: Config, setting: Setting, backend: Backend) -> None:
                 kernels = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
                 busy = sum(kernel.self_device_time_total for kernel in kernels if not kernel.is_user_annotation) / 1e6
                 print(f"{name}: the device is idle for {100 * max(0.0, 1 - busy / whole):.1f} % of the time")
-            peak, work = measure_matmul(device, backend.precision), setting.batch_size * flops[name]
+            peak, work = measure_matmul(device, compute.precision), setting.batch_size * flops[name]
             rates = (
                 f"{flops[name] / 1e9:.2f} GFLOP a clip, {1e3 * seconds:.1f} ms a batch; at matmul's {peak / 1e12:.2f} TFLOP/s"
             )
             print(f"{name}: {rates} it would take {1e3 * work / peak:.1f} ms: {100 * work / peak / seconds:.1f} % of the peak")
 
 
-def show_growth(config: Config, scale: str, setting: Setting, backend: Backend) -> None:
+def show_growth(config: Config, scale: str, setting: Setting, compute: Compute) -> None:
     """Each point in processes of its own, the others of its constants being the setting's."""
     unknown = set(config.axes) - set(GROWTH[scale])
     if unknown:
@@ -479,7 +479,7 @@ def show_growth(config: Config, scale: str, setting: Setting, backend: Backend) 
     for axis in config.axes:
         for value in GROWTH[scale][axis]:
             count = value if axis == "processes" else 1
-            if backend.device.type == "cuda" and count > torch.cuda.device_count():
+            if compute.device.type == "cuda" and count > torch.cuda.device_count():
                 print(f"{axis:10} {value:5}  not measured: there are {torch.cuda.device_count()} GPUs")
                 continue
             point = (axis, value) if value != usual[axis] else ()  # the usual one is on all axes
@@ -489,7 +489,7 @@ def show_growth(config: Config, scale: str, setting: Setting, backend: Backend) 
             found = known[point]
             points[axis].append((value, found["clips_per_second"], found["memory"]))
             print(f"{axis:10} {value:5}  {found['clips_per_second']:8.2f}  {describe_bytes(found['memory']):>11}", flush=True)
-    if backend.device.type == "cpu":
+    if compute.device.type == "cpu":
         before = describe_bytes(found["before"])
         print(f"memory is the whole process's, the largest of several; {before} of it before the networks")
     draw_growth(config.out, points)
@@ -525,21 +525,21 @@ def main(config: Config) -> None:
     if config.compile == "auto" and on_gpu and not config.growth:
         config = replace(config, compile="on")
     config = replace(config, steps=config.steps or (50 if on_gpu else 4))
-    backend = choose_backend(config.device, config.precision, config.compile)
-    scale, setting = choose_setting(config, backend.device)
+    compute = choose_compute(config.device, config.precision, config.compile)
+    scale, setting = choose_setting(config, compute.device)
     if config.alone:
-        print(json.dumps(run_row(config.alone, config, setting, backend)))
+        print(json.dumps(run_row(config.alone, config, setting, compute)))
         return
     distributed.require_one_process("a comparison")
     begin = time.perf_counter()
-    print(describe(setting, backend), flush=True)
+    print(describe(setting, compute), flush=True)
     if config.profile:
-        show_profile(config, setting, backend)
+        show_profile(config, setting, compute)
     elif config.growth:
-        show_growth(config, scale, setting, backend)
+        show_growth(config, scale, setting, compute)
     else:
-        compare_speed(config, setting, backend)
-        check_answers(config, setting, backend.device)
+        compare_speed(config, setting, compute)
+        check_answers(config, setting, compute.device)
     print(f"{time.perf_counter() - begin:.0f} s")
 
 

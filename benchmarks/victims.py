@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from extraction.backend import choose_backend
+from extraction.compute import choose_compute
 from extraction.errors import UserError
 from extraction.network import VideoModel
 from extraction.runs import check_at_least, choose_device, run_script
@@ -77,7 +77,7 @@ def time_victims(config: Config, device: torch.device) -> None:
         length, size = model.model.num_frames, model.model.size
         clips = torch.rand(batch, 3, length, size, size, device=device)
         for precision in ("fp32", "bf16") if on_gpu else ("fp32",):
-            choose_backend(config.device, precision, config.compile).place(model)
+            choose_compute(config.device, precision, config.compile).prepare(model)
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
             time_batch(model, clips)

@@ -20,8 +20,8 @@ from functools import partial
 
 import torch
 
-from extraction.backend import choose_backend
 from extraction.biggan import WEIGHTS, create_demo_biggan, load_biggan
+from extraction.compute import choose_compute
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data.images import Layer, Paths
 from extraction.distill import distill
@@ -116,7 +116,7 @@ def main(config: Config) -> dict:
     if config.demo:
         write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})  # the evaluator's alone
     require_one_process("the search")
-    backend = choose_backend(config.device, config.precision, config.compile)
+    compute = choose_compute(config.device, config.precision, config.compile)
     if config.generator_weights is None:
         generator, mark = create_demo_biggan(), "demo"
     else:
@@ -126,17 +126,17 @@ def main(config: Config) -> dict:
     if run.finished:
         return repeat_results(run.finished)
     victim, evaluator = open_setting(
-        run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
+        run, compute, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=1, size=config.size, batch_size=config.batch_size, num_workers=config.num_workers,
         decimals=config.decimals,
     )  # fmt: skip
     set_seed(config.seed)
-    student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))
+    student = compute.prepare(create_student(config.student, victim.num_classes, config.student_weights))
     run.begin()
-    paths, make_clips = Paths(config.num_frames, config.layers), partial(sample_clips, generator.to(backend.device))
+    paths, make_clips = Paths(config.num_frames, config.layers), partial(sample_clips, generator.to(compute.device))
     codes, search, cut = find_codes(
-        victim, make_clips, mark, code_size(generator, len(config.layers)), Sampling(paths), backend.device,
+        victim, make_clips, mark, code_size(generator, len(config.layers)), Sampling(paths), compute.device,
         num_random=config.num_random, population=config.population, num_steps=config.num_steps, step=config.step,
         confidence=config.confidence, codes_per_class=config.codes_per_class, seed=config.seed,
     )  # fmt: skip

@@ -17,7 +17,7 @@ The demo: 15.8 ± 1.2 top-1, 17.3 ± 0.9 agreement@1 after 11 200 queries (two s
 
 from dataclasses import dataclass
 
-from extraction.backend import choose_backend
+from extraction.compute import choose_compute
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data_free import METHODS, SCHEDULES, Attacker, create_optimizer, extract
 from extraction.errors import UserError
@@ -114,19 +114,19 @@ def main(config: Config) -> dict:
     require_inputs(config)
     if config.demo:
         write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})
-    backend = choose_backend(config.device, config.precision, config.compile)
+    compute = choose_compute(config.device, config.precision, config.compile)
     run = Run("conditional_gan_with_movinet", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return repeat_results(run.finished)
     victim, evaluator = open_setting(
-        run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
+        run, compute, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=config.stride, size=config.size, batch_size=config.batch_size,
         num_workers=config.num_workers, exact=True, decimals=config.decimals,
     )  # fmt: skip
     set_seed(config.seed)
-    student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))
-    generator = create_generator(config.generator, victim.num_classes, config.num_frames, config.size).to(backend.device)
+    student = compute.prepare(create_student(config.student, victim.num_classes, config.student_weights))
+    generator = create_generator(config.generator, victim.num_classes, config.num_frames, config.size).to(compute.device)
     attacker = Attacker(
         victim, student, generator,
         create_optimizer(config.optimizer, student.parameters(), config.student_lr, config.weight_decay),

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from extraction.backend import choose_backend
+from extraction.compute import choose_compute
 from extraction.data.augment import view_key
 from extraction.data.clips import load_batches
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
@@ -129,22 +129,22 @@ def main(config: Config) -> dict:
         write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})  # the evaluator's alone
         write_demo_images("datasets/demo/images")
     require_one_process("the search")
-    backend = choose_backend(config.device, config.precision, config.compile)
+    compute = choose_compute(config.device, config.precision, config.compile)
     images = Images(config.images, 1, len(config.layers), config.size, config.seed)
     run = Run("natural_images_label_only", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return repeat_results(run.finished)
     victim, evaluator = open_setting(
-        run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
+        run, compute, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=1, size=config.size, batch_size=config.batch_size, num_workers=config.num_workers,
         decimals=config.decimals,
     )  # fmt: skip
     set_seed(config.seed)
-    student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))
+    student = compute.prepare(create_student(config.student, victim.num_classes, config.student_weights))
     run.begin()
     paths = Paths(config.num_frames, config.layers)
-    kept, selection, cut = select_clips(config, victim, images, paths, backend.device)
+    kept, selection, cut = select_clips(config, victim, images, paths, compute.device)
     chosen = balance_classes(kept, config.quota, config.repeats)
     note_transfer_set(run, chosen, victim.classes)
     draws = {view_key(config.seed, asked.window.key, 0, paths): asked.draws for asked in chosen}

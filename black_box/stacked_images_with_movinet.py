@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from extraction.backend import choose_backend
+from extraction.compute import choose_compute
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data.images import Images, Layer, Paths, create_clips, write_demo_images
 from extraction.distill import distill
@@ -94,19 +94,19 @@ def main(config: Config) -> dict:
     if config.demo:
         write_demo_set("datasets/demo", {"val": ATTACK_SPLITS["val"]})  # the evaluator's alone
         write_demo_images("datasets/demo/images")
-    backend = choose_backend(config.device, config.precision, config.compile)
+    compute = choose_compute(config.device, config.precision, config.compile)
     images = Images(config.images, config.num_clips, len(config.layers), config.size, config.seed)
     run = Run("stacked_images_with_movinet", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return repeat_results(run.finished)
     victim, evaluator = open_setting(
-        run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
+        run, compute, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         num_frames=config.num_frames, stride=1, size=config.size, batch_size=config.batch_size, num_workers=config.num_workers,
         decimals=config.decimals,
     )  # fmt: skip
     set_seed(config.seed)
-    student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))
+    student = compute.prepare(create_student(config.student, victim.num_classes, config.student_weights))
     optimizer = torch.optim.Adam(student.parameters(), config.lr, fused=True)
     steps = config.epochs * -(-len(images) // config.batch_size)
     history, stopped = distill(

@@ -37,7 +37,7 @@ class VideoModel(nn.Module):
     """A network with its own preprocessing: float (B, 3, T, H, W) RGB in [0, 1] -> float32 logits (B, num_classes).
 
     `num_frames` and `size` are what the network was trained on (None: any), `mean` and `std` its normalisation in [0, 1].
-    `precision` and `compile_after` say how it is run (`extraction.backend`).
+    `precision` and `compile_after` say how it is run (`extraction.compute`).
     """
 
     precision = torch.float32

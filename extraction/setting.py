@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from extraction.backend import Backend
+from extraction.compute import Compute
 from extraction.data.clips import Clips
 from extraction.data.folders import find_videos, require_folder
 from extraction.errors import BudgetExhausted, UserError
@@ -59,7 +59,7 @@ def repeat_results(results: dict) -> dict:
 
 def open_setting(
     run: Run,
-    backend: Backend,
+    compute: Compute,
     *,
     victim: str,
     victim_weights: str | None,
@@ -85,7 +85,7 @@ def open_setting(
     require_folder(val, "held-out labelled videos of the victim's task, in class folders,")
     ledger = Ledger(
         run.folder / "ledger.sqlite",
-        lambda spent: Victim(backend.place(load_model(victim, victim_weights)), answers, query_budget, decimals, spent),
+        lambda spent: Victim(compute.prepare(load_model(victim, victim_weights)), answers, query_budget, decimals, spent),
         answers,
         decimals,
         exact,
@@ -93,8 +93,8 @@ def open_setting(
     videos = find_videos(val, ledger.classes, "val", val_list)
     clips = Clips(videos, num_frames=num_frames, stride=stride, size=size, views=(1, 1))
     evaluator = Evaluator(
-        clips, ledger.classes, backend.device, batch_size, num_workers, ledger,
-        lambda: backend.place(load_model(victim, victim_weights)), min_victim_top1,
+        clips, ledger.classes, compute.device, batch_size, num_workers, ledger,
+        lambda: compute.prepare(load_model(victim, victim_weights)), min_victim_top1,
     )  # fmt: skip
     return ledger, evaluator
 
@@ -113,7 +113,7 @@ def find_unrelated(names: Sequence[str], demo: bool = False) -> list[Path]:
     return [require_folder(folder, f"unrelated video ({', '.join(UNRELATED)})") for folder in folders]
 
 
-def load_stage(name: str, weights: str | Path, classes: Sequence[str], backend: Backend) -> tuple[Student, int]:
+def load_stage(name: str, weights: str | Path, classes: Sequence[str], compute: Compute) -> tuple[Student, int]:
     """A student as an earlier stage saved it, head and all, and the queries it has cost so far.
 
     Raises UserError when the file is missing, holds another student, or was made for other classes than the victim's.
@@ -121,4 +121,4 @@ def load_stage(name: str, weights: str | Path, classes: Sequence[str], backend: 
     student, about = load_student(name, weights)
     if tuple(about.get("classes", ())) != tuple(classes):
         raise UserError(f"{weights}: a student of {student.num_classes} other classes than the victim's {len(classes)}")
-    return backend.place(student), about.get("num_queries", 0)
+    return compute.prepare(student), about.get("num_queries", 0)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from extraction.backend import choose_backend
+from extraction.compute import choose_compute
 from extraction.data.clips import Clips, report_broken
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, require_folder
@@ -101,8 +101,8 @@ def main(config: Config) -> dict:
         config.data or f"datasets/kinetics{600 if k600 else 400}_val", "labelled videos (10 % of a validation set, say)"
     )
     views = parse_views(config.views)
-    backend = choose_backend(config.device, config.precision, config.compile)
-    victim = backend.place(load_model(name, config.victim_weights))
+    compute = choose_compute(config.device, config.precision, config.compile)
+    victim = compute.prepare(load_model(name, config.victim_weights))
     clips = Clips(
         find_videos(root, victim.classes, "val", config.data_list),
         views=views,
@@ -110,8 +110,8 @@ def main(config: Config) -> dict:
         stride=config.stride or (5 if k600 else 2),
         size=config.size or victim.model.size or 224,
     )
-    timed, started = Stopwatch(victim, backend.device), time.perf_counter()
-    said = predict_videos(timed, clips, backend.device, config.batch_size, config.num_workers)
+    timed, started = Stopwatch(victim, compute.device), time.perf_counter()
+    said = predict_videos(timed, clips, compute.device, config.batch_size, config.num_workers)
     seconds = time.perf_counter() - started
     results = score(said.probs, said.labels) | {"clips_per_second": timed.clips_per_second}
     table = Path(config.out_dir) / f"{Path(name.replace(':', '_')).stem}.classes.csv"
@@ -125,7 +125,7 @@ def main(config: Config) -> dict:
     print(f"{clips.num_videos} videos of {root}, {config.views} views each; per class: {table}")
     print(
         f"{timed.clips_per_second:.1f} clips/s of {clips.num_frames}x{clips.size}x{clips.size} in the victim, "
-        f"{len(clips) / seconds:.1f} with decoding, on {backend.device}"
+        f"{len(clips) / seconds:.1f} with decoding, on {compute.device}"
     )
     report_broken(said.broken)
     return results

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from extraction.backend import choose_backend
+from extraction.compute import choose_compute
 from extraction.data.augment import Augmentation
 from extraction.data.clips import Clips
 from extraction.data.demo import write_demo_set
@@ -88,7 +88,7 @@ def main(config: Config) -> dict:
     require_inputs(config)
     if config.demo:
         write_demo_set("datasets/demo")
-    backend = choose_backend(config.device, config.precision, config.compile)
+    compute = choose_compute(config.device, config.precision, config.compile)
     require_folder(config.own, "5 % of Kinetics-400's training set, in class folders,")
     require_folder(config.val, "Kinetics-400's validation set (or 10 % of it), in class folders,")
     run = Run("labels_only", config.out_dir, config, config.checkpoint_seconds)
@@ -98,9 +98,9 @@ def main(config: Config) -> dict:
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
     clips = Clips(find_videos(config.own, classes, "train", config.own_list), step=config.step, **shape)
     val = Clips(find_videos(config.val, classes, "val", config.val_list), views=(1, 1), **shape)
-    evaluator = Evaluator(val, classes, backend.device, config.batch_size, config.num_workers)
+    evaluator = Evaluator(val, classes, compute.device, config.batch_size, config.num_workers)
     set_seed(config.seed)
-    student = backend.place(create_student(config.student, len(classes), config.student_weights))
+    student = compute.prepare(create_student(config.student, len(classes), config.student_weights))
     optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr), fused=True)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
     history, _ = distill(

@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from extraction.backend import choose_backend
+from extraction.compute import choose_compute
 from extraction.data.augment import Augmentation
 from extraction.data.clips import Clips
 from extraction.data.demo import write_demo_set
@@ -105,21 +105,21 @@ def main(config: Config) -> dict:
     require_inputs(config)
     if config.demo:
         write_demo_set("datasets/demo")
-    backend = choose_backend(config.device, config.precision, config.compile)
+    compute = choose_compute(config.device, config.precision, config.compile)
     unrelated = find_unrelated(config.unrelated, config.demo)
     run = Run("movinet_to_r50_auxiliary", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return repeat_results(run.finished)
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
     victim, evaluator = open_setting(
-        run, backend, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
+        run, compute, victim=config.victim, victim_weights=config.victim_weights, answers=config.answers,
         query_budget=config.query_budget, val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         batch_size=config.batch_size, num_workers=config.num_workers, decimals=config.decimals, **shape,
     )  # fmt: skip
     first, *others = (Clips(find_videos(folder, None), step=config.step, **shape) for folder in unrelated)
     clips = first.joined(*others)
     set_seed(config.seed)
-    student = backend.place(create_student(config.student, victim.num_classes, config.student_weights))
+    student = compute.prepare(create_student(config.student, victim.num_classes, config.student_weights))
     optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr), fused=True)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
     history, stopped = distill(

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from extraction.backend import choose_backend
+from extraction.compute import choose_compute
 from extraction.data.augment import Augmentation
 from extraction.data.clips import Clips
 from extraction.data.demo import write_demo_set
@@ -110,18 +110,18 @@ def main(config: Config) -> dict:
     require_inputs(config, stage=True)
     if config.demo:
         write_demo_set("datasets/demo")
-    backend = choose_backend(config.device, config.precision, config.compile)
+    compute = choose_compute(config.device, config.precision, config.compile)
     require_folder(config.own, "5 % of Kinetics-600's training set, in class folders,")
     run = Run("movinet_to_r50_ticket", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return repeat_results(run.finished)
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
     victim, evaluator = open_setting(
-        run, backend, victim=config.victim, victim_weights=config.victim_weights, answers="label", query_budget=0,
+        run, compute, victim=config.victim, victim_weights=config.victim_weights, answers="label", query_budget=0,
         val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         batch_size=config.batch_size, num_workers=config.num_workers, **shape,
     )  # fmt: skip
-    student, paid = load_stage(config.student, config.student_weights, victim.classes, backend)
+    student, paid = load_stage(config.student, config.student_weights, victim.classes, compute)
     clips = Clips(find_videos(config.own, victim.classes, "train", config.own_list), step=config.step, **shape)
     early = {key: value.clone() for key, value in student.net.state_dict().items()}
 

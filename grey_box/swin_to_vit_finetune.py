@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from extraction.backend import choose_backend
+from extraction.compute import choose_compute
 from extraction.data.augment import Augmentation
 from extraction.data.clips import Clips
 from extraction.data.demo import write_demo_set
@@ -95,18 +95,18 @@ def main(config: Config) -> dict:
     require_inputs(config, stage=True)
     if config.demo:
         write_demo_set("datasets/demo")
-    backend = choose_backend(config.device, config.precision, config.compile)
+    compute = choose_compute(config.device, config.precision, config.compile)
     require_folder(config.own, "5 % of Kinetics-400's training set, in class folders,")
     run = Run("swin_to_vit_finetune", config.out_dir, config, config.checkpoint_seconds)
     if run.finished:
         return repeat_results(run.finished)
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
     victim, evaluator = open_setting(
-        run, backend, victim=config.victim, victim_weights=config.victim_weights, answers="label", query_budget=0,
+        run, compute, victim=config.victim, victim_weights=config.victim_weights, answers="label", query_budget=0,
         val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
         batch_size=config.batch_size, num_workers=config.num_workers, **shape,
     )  # fmt: skip
-    student, paid = load_stage(config.student, config.student_weights, victim.classes, backend)
+    student, paid = load_stage(config.student, config.student_weights, victim.classes, compute)
     clips = Clips(find_videos(config.own, victim.classes, "train", config.own_list), step=config.step, **shape)
     set_seed(config.seed)
     optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr), fused=True)

@@ -60,8 +60,8 @@ def test_answers_of_another_victim_are_noticed(demo_set, capsys, monkeypatch):
 
 def test_live_answers_that_were_kept_are_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(train_step, "view_key", lambda seed, name, view, augmentation: name.encode())
-    setting, backend = train_step.SCALES["demo"]._replace(batch_size=2), train_step.choose_backend("cpu")
-    step = train_step.build_ours(setting, backend, tmp_path, kept=False)
+    setting, compute = train_step.SCALES["demo"]._replace(batch_size=2), train_step.choose_compute("cpu")
+    step = train_step.build_ours(setting, compute, tmp_path, kept=False)
     step()
     with pytest.raises(UserError, match="2 clips paid for after 2 batches"):
         step()
@@ -130,19 +130,19 @@ def test_data_free_step_prints_rates_of_the_same_bill(data_free_config, capsys):
 
 def test_data_free_full_size_has_the_published_constants(data_free_config):
     config = data_free_step.Config(scale="full", device="cpu")
-    scale, constants = data_free_step.choose_constants(config, data_free_step.choose_backend("cpu"))
+    scale, constants = data_free_step.choose_constants(config, data_free_step.choose_compute("cpu"))
     assert (scale, constants.generator, constants.batch_size, constants.smoothing) == ("full", "dvdgan", 128, 1e-3)
     assert (constants.num_directions, constants.student_steps, constants.replay_steps) == (10, 5, 10)
     assert data_free_step.count_queries(constants) == 2048
 
 
 def test_an_iteration_with_another_bill_is_noticed(data_free_config, tmp_path, monkeypatch):
-    backend = data_free_step.choose_backend("cpu")
-    scale, constants = data_free_step.choose_constants(data_free_config, backend)
+    compute = data_free_step.choose_compute("cpu")
+    scale, constants = data_free_step.choose_constants(data_free_config, compute)
     monkeypatch.setattr(data_free_step.Attacker, "step_student", lambda attacker: None)
     monkeypatch.setattr(data_free_step.Attacker, "step_replay", lambda attacker: None)
     with pytest.raises(UserError, match="asked about 6 clips, not 16"):
-        data_free_step.build_ours(scale, constants, backend, tmp_path)()
+        data_free_step.build_ours(scale, constants, compute, tmp_path)()
 
 
 def test_a_row_alone_is_json(data_free_config, capsys):

@@ -158,7 +158,7 @@ def test_whole_batch_norm_alone_is_batch_norm():
         assert torch.allclose(theirs.running_mean, ours.running_mean, atol=1e-6)
         assert torch.allclose(theirs.running_var, ours.running_var, atol=1e-6)
         assert torch.allclose(theirs.eval()(x), ours.eval()(x), atol=1e-6)
-        expected, half = theirs.train()(x), torch.compile(ours.train(), fullgraph=True, backend="eager")(x.bfloat16())
+        expected, half = theirs.train()(x), torch.compile(ours.train(), fullgraph=True, compute="eager")(x.bfloat16())
         assert half.dtype == torch.bfloat16
         assert torch.allclose(half.float(), expected, atol=0.05)
         assert ours.running_mean.dtype == torch.float32

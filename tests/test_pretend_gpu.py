@@ -11,14 +11,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from extraction import generators
-from extraction.backend import Backend
+from extraction.compute import Compute
 from extraction.data.augment import Augmentation, create_views
 from extraction.distill import answers_to_targets, distillation_loss
 from extraction.network import _resize_matrix
 from extraction.students import STUDENTS, create_student
 from extraction.victims import create_network, swin
 
-BACKEND = Backend(torch.device("cpu"), torch.bfloat16, None)
+BACKEND = Compute(torch.device("cpu"), torch.bfloat16, None)
 AUGMENTATIONS = [Augmentation(), Augmentation(rotation=0), Augmentation(0, 0, 0)]
 
 
@@ -99,7 +99,7 @@ def test_a_victim_answers_without_waiting(gpu, architecture, shape):
     model.net = model.net.fuse() if architecture == "movinet_demo" else swin.FusedSwin(model.net)
     if architecture != "movinet_demo":
         model.net.prepare(*shape, torch.bfloat16)
-    pretend(BACKEND.place(model), gpu)
+    pretend(BACKEND.prepare(model), gpu)
     with gpu, NobodyWaits(), torch.no_grad():
         assert model(torch.rand(2, 3, *shape, device="cuda")).shape == (2, 12)
 

@@ -251,11 +251,11 @@ def test_fused_swin_keeps_what_serves_every_mode_and_precision():
     assert [plan.size for plan in fused.plans] == [(4, 12, 8)]
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compute", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_fused_swin_compiles_to_one_graph(backend, precision):
+def test_fused_swin_compiles_to_one_graph(compute, precision):
     fused, clips = swin.FusedSwin(create_wild_swin("demo")), torch.randn(4, 3, 16, 48, 48)
-    compiled = torch.compile(fused.prepare(16, 48, 48, precision), fullgraph=True, backend=backend)
+    compiled = torch.compile(fused.prepare(16, 48, 48, precision), fullgraph=True, compute=compute)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
         for part in (clips, clips[:3]):  # the last batch of a set is smaller
             expected = fused(part).float()

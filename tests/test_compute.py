@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from extraction.backend import COMPILE_AFTER, choose_backend
+from extraction.compute import COMPILE_AFTER, choose_compute
 from extraction.data.clips import Clips
 from extraction.data.folders import find_videos
 from extraction.data_free import kl_loss
@@ -18,13 +18,13 @@ from extraction.victims import load_model
 
 
 def test_a_cpu_is_exact_and_never_compiles_unless_asked():
-    assert choose_backend("cpu") == (torch.device("cpu"), torch.float32, None)
-    assert choose_backend("cpu", "bf16", "on") == (torch.device("cpu"), torch.bfloat16, 1)
-    assert choose_backend("cpu", "fp32", "off").compile_after is None
+    assert choose_compute("cpu") == (torch.device("cpu"), torch.float32, None)
+    assert choose_compute("cpu", "bf16", "on") == (torch.device("cpu"), torch.bfloat16, 1)
+    assert choose_compute("cpu", "fp32", "off").compile_after is None
     with pytest.raises(UserError, match="--precision half: write auto, fp32 or bf16"):
-        choose_backend("cpu", "half")
+        choose_compute("cpu", "half")
     with pytest.raises(UserError, match="--compile yes: write auto, on or off"):
-        choose_backend("cpu", compile="yes")
+        choose_compute("cpu", compile="yes")
 
 
 @pytest.mark.parametrize("name", ["demo_swin", "demo_movinet"])
@@ -33,7 +33,7 @@ def test_half_precision_answers_as_float32_does(name, demo_set):
     clips = Clips(videos, num_frames=16, size=48, views=(1, 1))
     said = {}
     for precision in ("fp32", "bf16"):
-        model = choose_backend("cpu", precision).place(load_model(name))
+        model = choose_compute("cpu", precision).place(load_model(name))
         said[precision] = predict_videos(model, clips, "cpu").probs
         assert next(model.parameters()).dtype == torch.float32
         assert model(torch.rand(1, 3, 16, 48, 48)).dtype == torch.float32
@@ -60,7 +60,7 @@ def test_slopes_estimated_from_answers_want_float32():
     found = {}
     for precision in ("fp32", "bf16"):
         for model in (victim, student):
-            choose_backend("cpu", precision).place(model)
+            choose_compute("cpu", precision).prepare(model)
         with torch.no_grad():
             slopes = torch.cat([(losses(at + 1e-3 * way) - losses(at)) / 1e-3 for way in ways])
         found[precision] = torch.corrcoef(torch.stack([true, slopes]))[0, 1].item()
@@ -77,8 +77,8 @@ def test_a_network_is_compiled_for_the_shape_that_comes_often_and_only_then(monk
 
     monkeypatch.setattr(torch, "compile", compile)
     model = VideoModel(nn.Sequential(nn.Flatten(), nn.LazyLinear(2)))
-    backend = choose_backend("cpu")._replace(compile_after=3)
-    backend.place(model)
+    compute = choose_compute("cpu")._replace(compile_after=3)
+    compute.prepare(model)
     with torch.no_grad():
         plain = model(torch.ones(2, 3, 1, 4, 4))
         for _ in range(2):
@@ -102,7 +102,7 @@ def test_channels_last_changes_no_answer():
         with torch.no_grad():
             plain = student.net(torch.rand(1, 3, 32, 32) if name == "resnet_demo" else torch.rand(1, 3, 8, 32, 32))
             before = student(clips)
-            after = choose_backend("cpu").place(student)(clips)
+            after = choose_compute("cpu").place(student)(clips)
         assert plain.shape == (1, 5)
         assert torch.allclose(before, after, atol=1e-5)
         first = next(p for p in student.parameters() if p.ndim in (4, 5))
@@ -115,5 +115,5 @@ def test_a_gpu_answers_as_a_cpu_does():
     clips = torch.rand(4, 3, 16, 48, 48)
     exact = load_model("demo_swin")(clips).log_softmax(1)
     for precision, bound in (("fp32", 1e-5), ("bf16", 1e-3)):
-        said = choose_backend("cuda", precision, "off").place(load_model("demo_swin"))(clips.cuda()).cpu().log_softmax(1)
+        said = choose_compute("cuda", precision, "off").place(load_model("demo_swin"))(clips.cuda()).cpu().log_softmax(1)
         assert (exact.exp() * (exact - said)).sum(1).mean() < bound

@@ -16,14 +16,14 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COMPILE_AFTER = 1000
 
 
-class Backend(NamedTuple):
-    """What `choose_backend` chose."""
+class Compute(NamedTuple):
+    """What `choose_compute` chose."""
 
     device: torch.device
     precision: torch.dtype
     compile_after: int | None  # batches of one shape, after which a network is compiled; None: never
 
-    def place(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module) -> nn.Module:
         """Move a model to the device and let every network in it run as chosen. Its weights stay float32."""
         model = model.to(self.device)
         for weight in model.parameters():  # channels last: convolutions are faster so, on a CPU too
@@ -35,7 +35,7 @@ class Backend(NamedTuple):
         return model
 
 
-def choose_backend(device: str = "auto", precision: str = "auto", compile: str = "auto") -> Backend:
+def choose_compute(device: str = "auto", precision: str = "auto", compile: str = "auto") -> Compute:
     """`precision` is fp32, bf16 (autocast), or auto: bf16 on a GPU that has it, else fp32. `compile` is on, off, or auto: on
     a GPU, once a network has had `COMPILE_AFTER` batches of one shape. Raises UserError for other words.
     """
@@ -52,4 +52,4 @@ def choose_backend(device: str = "auto", precision: str = "auto", compile: str =
     choices = {"auto": COMPILE_AFTER if on_gpu else None, "on": 1, "off": None}
     if compile not in choices:
         raise UserError(f"--compile {compile}: write auto, on or off")
-    return Backend(place, PRECISIONS[precision], choices[compile])
+    return Compute(place, PRECISIONS[precision], choices[compile])
