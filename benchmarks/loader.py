@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 
-from extraction.data.clips import Clips, Unreadable, Window, decode_clip, describe_error, load_batches, open_video_stream
+from extraction.data.clips import ClipRef, Clips, Unreadable, decode_clip, describe_error, load_batches, open_video_stream
 from extraction.data.demo import write_video
 from extraction.data.folders import EXTENSIONS, Video
 from extraction.data.transcode import transcode_folder
@@ -80,7 +80,7 @@ def draw_videos(folder: Path, width: int, height: int, count: int = 4, num_frame
 # --- decoders: a window's frames ---------------------------------------------------------------------------------------
 
 
-def decode_bare(window: Window, config: Config, convert: bool) -> None:
+def decode_bare(window: ClipRef, config: Config, convert: bool) -> None:
     scaler, count = VideoReformatter(), 0
     with av.open(str(window.path)) as container:
         stream = open_video_stream(container)
@@ -100,11 +100,11 @@ def decode_bare(window: Window, config: Config, convert: bool) -> None:
                 break
 
 
-def decode_ours(window: Window, config: Config) -> None:
+def decode_ours(window: ClipRef, config: Config) -> None:
     decode_clip(window.path, window.start, config.num_frames, 1, config.size, window.crop)
 
 
-def find_other_decoders() -> dict[str, Callable[[Window, Config], None]]:
+def find_other_decoders() -> dict[str, Callable[[ClipRef, Config], None]]:
     found = {}
     try:
         import cv2
@@ -112,7 +112,7 @@ def find_other_decoders() -> dict[str, Callable[[Window, Config], None]]:
         cv2.setNumThreads(1)
         os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "threads;1"
 
-        def decode_cv2(window: Window, config: Config) -> None:
+        def decode_cv2(window: ClipRef, config: Config) -> None:
             video = cv2.VideoCapture(str(window.path), cv2.CAP_FFMPEG)
             video.set(cv2.CAP_PROP_POS_FRAMES, window.start)
             for _ in range(config.num_frames):
@@ -131,7 +131,7 @@ def find_other_decoders() -> dict[str, Callable[[Window, Config], None]]:
 
         shapes: dict[Path, tuple[int, int]] = {}
 
-        def decode_torchcodec(window: Window, config: Config) -> None:
+        def decode_torchcodec(window: ClipRef, config: Config) -> None:
             if window.path not in shapes:
                 about = VideoDecoder(str(window.path)).metadata
                 sides = about.height, about.width
@@ -149,7 +149,7 @@ def find_other_decoders() -> dict[str, Callable[[Window, Config], None]]:
 # --- timing ----------------------------------------------------------------------------------------------------------
 
 
-def time_decoder(decode: Callable[[Window], None], windows: Iterable[Window]) -> float:
+def time_decoder(decode: Callable[[ClipRef], None], windows: Iterable[ClipRef]) -> float:
     begin, count = time.perf_counter(), 0
     for window in windows:
         try:
@@ -164,7 +164,7 @@ def time_loader(clips: Clips, batches: list[list[int]], num_workers: int, prefet
     begin, counted = time.perf_counter(), 0
     for number, batch in enumerate(load_batches(clips, batches, num_workers, prefetch=prefetch), 1):
         if batch.broken:
-            raise UserError(f"{clips.windows[batch.broken[0][0]].path}: {batch.broken[0][1]}; take videos that can be read")
+            raise UserError(f"{clips.refs[batch.broken[0][0]].path}: {batch.broken[0][1]}; take videos that can be read")
         counted += len(batch.clips)
         if number == num_workers:  # the workers have started, and are at their second batches
             begin, counted = time.perf_counter(), 0
@@ -193,7 +193,7 @@ def ratios(times: dict[str, list[tuple[float, float]]], name: str, base: str) ->
 
 
 def time_feed(clips: Clips, indices: list[int], config: Config) -> None:
-    windows = [clips.windows[index] for index in indices]
+    windows = [clips.refs[index] for index in indices]
     batches = [indices[i : i + config.batch_size] for i in range(0, len(indices), config.batch_size)]
     cores = os.cpu_count() or 1
     workers = config.num_workers or (0, *(2**k for k in range(cores.bit_length())))
@@ -223,7 +223,7 @@ def time_feed(clips: Clips, indices: list[int], config: Config) -> None:
 
 def time_transcoded(clips: Clips, indices: list[int], config: Config) -> None:
     """The same windows out of the originals and out of their copies."""
-    originals = [clips.windows[index] for index in indices]
+    originals = [clips.refs[index] for index in indices]
     copies = []
     for window in originals:
         path = (Path(config.transcoded) / window.path.relative_to(config.data)).with_suffix(".mp4")

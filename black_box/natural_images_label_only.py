@@ -30,7 +30,7 @@ from extraction.compute import choose_compute
 from extraction.data.augment import view_key
 from extraction.data.clips import load_batches
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
-from extraction.data.images import NUM_DRAWS, Images, ImageWindow, Layer, Paths, move_pictures, write_demo_images
+from extraction.data.images import NUM_DRAWS, ImageRef, Images, Layer, Paths, move_pictures, write_demo_images
 from extraction.distill import distill
 from extraction.distributed import require_one_process
 from extraction.errors import BudgetExhausted
@@ -116,7 +116,7 @@ DEMO = dict(
 class Asked(NamedTuple):
     """A clip that was asked about."""
 
-    window: ImageWindow
+    window: ImageRef
     draws: np.ndarray  # its path
     label: int  # what the victim called it
 

@@ -151,7 +151,7 @@ def distill(
     def ask(batch: Batch, epoch: int) -> Asked:
         """Make views of a batch, as many as the budget allows, and let the victim answer them."""
         view = epoch if views_per_clip is None else epoch % views_per_clip
-        keys = [view_key(seed, clips.windows[i].key, view, augmentation) for i in batch.indices]
+        keys = [view_key(seed, clips.refs[i].key, view, augmentation) for i in batch.indices]
         affordable = len(keys) if victim is None else victim.count_affordable(keys)
         wanted, counts = zip(*distributed.gather([(len(keys), affordable)]), strict=True)
         keys, views, targets = keys[:affordable], batch.clips[:affordable].to(device, non_blocking=True), None
@@ -159,7 +159,7 @@ def distill(
             views = make_views(views, keys, augmentation)
         if victim is not None and sum(counts):
             targets = _ask(victim, views, keys)
-        labels = torch.tensor([clips.windows[i].label for i in batch.indices[:affordable]], dtype=torch.int64)
+        labels = torch.tensor([clips.refs[i].label for i in batch.indices[:affordable]], dtype=torch.int64)
         return Asked(keys, views, labels.to(device, non_blocking=True), targets, list(counts), sum(counts) < sum(wanted))
 
     unread: list[Tensor] = []
@@ -172,11 +172,11 @@ def distill(
     with run.interruptible(), bar, contextlib.closing(batches):
         for number, batch, asked in batches:
             epoch = number // order.per_epoch
-            clips.broken.extend((clips.windows[i].path, reason) for i, reason in batch.broken)
+            clips.broken.extend((clips.refs[i].path, reason) for i, reason in batch.broken)
             keys, views, labels, targets, counts, exhausted = asked
             num_shown = sum(counts)
             if number == 0 and keys and victim is not None:
-                sources = [clips.windows[i].path.parent.name for i in batch.indices]
+                sources = [clips.refs[i].path.parent.name for i in batch.indices]
                 draw_queries(run.folder / "clips.png", views, targets, sources, victim.classes)
             if craft is not None and not exhausted and min(counts):
                 crafted, crafted_keys = craft(student, views, targets, [b"%s|%d" % (key, number) for key in keys])

@@ -29,7 +29,7 @@ class Sampling(NamedTuple):
     spread: float = 0.0  # standard deviation around the code, in the units of its entries, which are about 1
 
 
-class CodeWindow(NamedTuple):
+class CodeRef(NamedTuple):
     """A clip to be drawn: the unit that is asked about and answered."""
 
     path: Path  # made up: class/number
@@ -41,15 +41,15 @@ class Codes(Dataset):
     """Codes as the distillation loop takes clips: `num_clips` of each class, drawn around its codes in turn."""
 
     def __init__(self, generator: str, classes: Sequence[str], codes: Sequence[Sequence[np.ndarray]], num_clips: int):
-        self.windows, self.codes, self.broken = [], [], []
+        self.refs, self.codes, self.broken = [], [], []
         for name, own in zip(classes, codes, strict=True):
             for number in range(num_clips if own else 0):
                 code = own[number % len(own)]
-                self.windows.append(CodeWindow(Path(name) / f"{number}", f"{name_code(generator, code)}:{number}"))
+                self.refs.append(CodeRef(Path(name) / f"{number}", f"{name_code(generator, code)}:{number}"))
                 self.codes.append(code)
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return len(self.refs)
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray]:
         """The code, float32 (D,)."""

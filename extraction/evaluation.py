@@ -53,12 +53,12 @@ def predict_videos(
     batches = distributed.shard(batches)
     loader = load_batches(clips, batches, num_workers, pin_memory=torch.device(device).type == "cuda")
     for batch in tqdm(loader, total=len(batches), desc=desc, unit="batch", leave=False, dynamic_ncols=True):
-        broken |= {clips.windows[i].path: reason for i, reason in batch.broken}
+        broken |= {clips.refs[i].path: reason for i, reason in batch.broken}
         if not batch.indices:
             continue
         views = batch.clips.to(device, non_blocking=True).permute(0, 4, 1, 2, 3).float().div_(255.0)
         probs = model(views).softmax(1)
-        videos = torch.tensor([clips.windows[i].video for i in batch.indices]).to(device, non_blocking=True)
+        videos = torch.tensor([clips.refs[i].video for i in batch.indices]).to(device, non_blocking=True)
         if total is None:
             total = torch.zeros(clips.num_videos, probs.shape[1], device=device)
         total.index_add_(0, videos, probs)
@@ -70,7 +70,7 @@ def predict_videos(
         total = torch.zeros(clips.num_videos, num_classes, device=device)
     total, counts = distributed.all_reduce_sum(total).cpu(), distributed.all_reduce_sum(counts).cpu()
     labels = torch.full((clips.num_videos,), -1)
-    for window in clips.windows:
+    for window in clips.refs:
         labels[window.video] = window.label
     return Predictions(total / counts.clamp(min=1)[:, None], labels, list(dict(distributed.gather(list(broken.items()))).items()))
 
@@ -78,7 +78,7 @@ def predict_videos(
 def video_keys(clips: Clips) -> list[bytes]:
     """16 bytes for each video of `clips`, naming the clips it is judged by."""
     names = [""] * clips.num_videos
-    for window in clips.windows:
+    for window in clips.refs:
         names[window.video] += window.key + "|"
     return [hashlib.blake2b(name.encode(), digest_size=16).digest() for name in names]
 
@@ -144,7 +144,7 @@ class Evaluator:
         self.victim_probs, self.victim_scores = None, {}
         if ledger is not None:
             labels = torch.full((clips.num_videos,), -1)
-            for window in clips.windows:
+            for window in clips.refs:
                 labels[window.video] = window.label
 
             def compute() -> Tensor:

@@ -197,8 +197,8 @@ def test_codes_come_in_turn_and_keep_their_names():
     first, second, third = np.zeros((3, 4), np.float32) + np.arange(3, dtype=np.float32)[:, None]
     clips = Codes("g", ["a", "b", "c"], [[first, second], [], [third]], 3)
     assert [clips[k][1][0] for k in range(len(clips))] == [0, 1, 0, 2, 2, 2]
-    assert len({window.key for window in clips.windows}) == 6
-    assert [window.key for window in Codes("other", ["a"], [[first]], 1).windows] != [clips.windows[0].key]
+    assert len({window.key for window in clips.refs}) == 6
+    assert [window.key for window in Codes("other", ["a"], [[first]], 1).refs] != [clips.refs[0].key]
 
 
 class Oracle:

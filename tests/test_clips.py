@@ -108,11 +108,11 @@ def test_windows_follow_step_and_views(tmp_path):
     folder.mkdir(parents=True)
     counting_video(folder / "a.mp4", 60)
     videos = find_videos(tmp_path / "v", ["one"])
-    assert [w.start for w in Clips(videos, 16, step=16, size=32).windows] == [0, 16, 32]
-    assert [w.start for w in Clips(videos, 16, stride=2, step=10, size=32).windows] == [0, 10, 20]
+    assert [w.start for w in Clips(videos, 16, step=16, size=32).refs] == [0, 16, 32]
+    assert [w.start for w in Clips(videos, 16, stride=2, step=10, size=32).refs] == [0, 10, 20]
     scored = Clips(videos, 16, size=32, views=(2, 3))
-    assert [(w.start, w.crop) for w in scored.windows] == [(11, 0.0), (11, 0.5), (11, 1.0), (33, 0.0), (33, 0.5), (33, 1.0)]
-    assert {w.video for w in scored.windows} == {0}
+    assert [(w.start, w.crop) for w in scored.refs] == [(11, 0.0), (11, 0.5), (11, 1.0), (33, 0.0), (33, 0.5), (33, 1.0)]
+    assert {w.video for w in scored.refs} == {0}
 
 
 def test_loader_brings_uint8_and_sets_broken_clips_aside(tmp_path):
@@ -123,12 +123,12 @@ def test_loader_brings_uint8_and_sets_broken_clips_aside(tmp_path):
     whole = (tmp_path / "one" / "good.mp4").read_bytes()
     clips = Clips(find_videos(tmp_path, ["two", "one"]), 8, size=32)
     assert [path.name for path, _ in clips.broken] == ["bad.mp4"]
-    assert [w.label for w in clips.windows if w.start == 0] == [1, 0]  # the class order given, not the folders'
+    assert [w.label for w in clips.refs if w.start == 0] == [1, 0]  # the class order given, not the folders'
     (tmp_path / "one" / "good.mp4").write_bytes(whole[:60])  # breaks after it was looked at
     batch = next(iter(load_batches(clips, [range(len(clips))], 0)))
     assert batch.clips.dtype == torch.uint8
     assert batch.clips.shape == (2, 8, 32, 32, 3)
-    assert [clips.windows[i].path.parent.name for i, _ in batch.broken] == ["one", "one"]
+    assert [clips.refs[i].path.parent.name for i, _ in batch.broken] == ["one", "one"]
 
 
 def test_folders_of_every_layout(tmp_path):

@@ -111,7 +111,7 @@ def test_images_are_found_in_any_tree_and_bad_ones_are_listed(tmp_path):
     images = Images(tmp_path, None, 1, 32)
     assert {path.name for path, _ in images.broken} == {"empty.png", "text.jpg"}
     assert all(reason for _, reason in images.broken)
-    read = {images.windows[k].path.name: images[k][1] for k in range(len(images))}
+    read = {images.refs[k].path.name: images[k][1] for k in range(len(images))}
     assert set(read) == {"flat.png", "tall.JPG", "grey.bmp", "alpha.webp", "cut.png"}
     assert isinstance(read.pop("cut.png"), str)  # its head is whole: found out when it is decoded
     for picture in read.values():
@@ -123,10 +123,10 @@ def test_images_are_found_in_any_tree_and_bad_ones_are_listed(tmp_path):
 def test_clips_go_through_all_images_before_one_comes_again_and_have_names_of_their_own(images):
     source = Images(images, 50, 2, 48, seed=3)
     assert len(source) == 50
-    assert len({window.pictures[0] for window in source.windows[:20]}) == 20
-    assert len({window.key for window in source.windows}) == 50
-    assert [w.key for w in Images(images, 50, 2, 48, seed=3).windows] == [w.key for w in source.windows]
-    assert [w.pictures for w in Images(images, 50, 2, 48, seed=4).windows] != [w.pictures for w in source.windows]
+    assert len({window.pictures[0] for window in source.refs[:20]}) == 20
+    assert len({window.key for window in source.refs}) == 50
+    assert [w.key for w in Images(images, 50, 2, 48, seed=3).refs] == [w.key for w in source.refs]
+    assert [w.pictures for w in Images(images, 50, 2, 48, seed=4).refs] != [w.pictures for w in source.refs]
     assert len(Images(images, None, 1, 48)) == 20
 
 

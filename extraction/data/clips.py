@@ -40,7 +40,7 @@ class Probe(NamedTuple):
     fingerprint: str  # of the file's content: its size, beginning and end
 
 
-class Window(NamedTuple):
+class ClipRef(NamedTuple):
     """Where a clip starts, and what it shows: the unit that is asked about and answered."""
 
     path: Path
@@ -217,7 +217,7 @@ class Clips(Dataset):
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
         self.num_frames, self.stride, self.size = num_frames, stride, size
-        self.windows: list[Window] = []
+        self.refs: list[ClipRef] = []
         self.broken: list[tuple[Path, str]] = []
         self.num_videos = 0  # those that can be read
         with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
@@ -236,12 +236,12 @@ class Clips(Dataset):
                 for start in starts:
                     for crop in crops:
                         key = f"{found.fingerprint}:{start}:{num_frames}x{stride}:{size}:{crop}"
-                        self.windows.append(Window(video.path, start, video.label, key, self.num_videos, crop))
+                        self.refs.append(ClipRef(video.path, start, video.label, key, self.num_videos, crop))
                 self.num_videos += 1
         self._refuse_empty_classes(videos)
 
     def _refuse_empty_classes(self, videos: Sequence[Video]) -> None:
-        lost = {video.label for video in videos} - {window.label for window in self.windows}
+        lost = {video.label for video in videos} - {window.label for window in self.refs}
         for video in videos:
             if video.label in lost:
                 reason = next(reason for path, reason in self.broken if path == video.path)
@@ -250,21 +250,21 @@ class Clips(Dataset):
     def joined(self, *others: "Clips") -> "Clips":
         """These clips followed by others of the same length, stride and size."""
         both = copy.copy(self)
-        both.windows, both.broken, both.num_videos = list(self.windows), list(self.broken), self.num_videos
+        both.refs, both.broken, both.num_videos = list(self.refs), list(self.broken), self.num_videos
         for other in others:
             if (other.num_frames, other.stride, other.size) != (self.num_frames, self.stride, self.size):
                 raise ValueError("clips of different shapes cannot be joined")
-            both.windows += [window._replace(video=window.video + both.num_videos) for window in other.windows]
+            both.refs += [window._replace(video=window.video + both.num_videos) for window in other.refs]
             both.broken += other.broken
             both.num_videos += other.num_videos
         return both
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return len(self.refs)
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
         """The clip as uint8 (T, H, W, 3), or the reason why it can't be had."""
-        window = self.windows[index]
+        window = self.refs[index]
         try:
             return index, decode_clip(window.path, window.start, self.num_frames, self.stride, self.size, window.crop)
         except Unreadable as error:

@@ -49,7 +49,7 @@ class Paths(NamedTuple):
     layers: tuple[Layer, ...] = (Layer(),)
 
 
-class ImageWindow(NamedTuple):
+class ImageRef(NamedTuple):
     """A clip to be made: the unit that is asked about and answered."""
 
     path: Path  # of the bottom picture
@@ -81,31 +81,31 @@ class Images(Dataset):
             why = f" ({self.broken[0][0].name}: {self.broken[0][1]})" if self.broken else ""
             raise UserError(f"{root}: no readable image in it{why}; put images there (jpg, png, ...)")
         draw = np.random.default_rng(seed)
-        self.windows = []
-        while len(self.windows) < (num_clips or len(self.files)):
+        self.refs = []
+        while len(self.refs) < (num_clips or len(self.files)):
             for bottom in draw.permutation(len(self.files)).tolist():
                 pictures = (bottom, *draw.integers(len(self.files), size=num_layers - 1).tolist())
-                self.windows.append(self.window(pictures, f":{len(self.windows)}"))  # the same pictures may meet again
-        self.windows = self.windows[: num_clips or len(self.files)]
+                self.refs.append(self.window(pictures, f":{len(self.refs)}"))  # the same pictures may meet again
+        self.refs = self.refs[: num_clips or len(self.files)]
 
-    def window(self, pictures: tuple[int, ...], name: str = "") -> ImageWindow:
+    def window(self, pictures: tuple[int, ...], name: str = "") -> ImageRef:
         """The clip of these pictures; `name` tells clips of the same pictures apart."""
         marks = "+".join(self.files[k][1] for k in pictures)
-        return ImageWindow(self.files[pictures[0]][0], pictures, f"{marks}:{self.size}{name}")
+        return ImageRef(self.files[pictures[0]][0], pictures, f"{marks}:{self.size}{name}")
 
-    def of(self, windows: Sequence[ImageWindow]) -> "Images":
+    def of(self, windows: Sequence[ImageRef]) -> "Images":
         """Other clips of the same images."""
         other = copy.copy(self)
-        other.windows, other.broken = list(windows), []
+        other.refs, other.broken = list(windows), []
         return other
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return len(self.refs)
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
         """The pictures as uint8 (num_layers, H, W, 3), or the reason why they can't be had."""
         try:
-            return index, np.stack([read_image(self.files[k][0], self.size) for k in self.windows[index].pictures])
+            return index, np.stack([read_image(self.files[k][0], self.size) for k in self.refs[index].pictures])
         except _UNREADABLE as error:
             return index, _reason(error)
 
