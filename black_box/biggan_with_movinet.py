@@ -23,7 +23,7 @@ import torch
 from extraction.biggan import WEIGHTS, create_demo_biggan, load_biggan
 from extraction.compute import choose_compute
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
-from extraction.data.images import Layer, Paths
+from extraction.data.images import Layer, Motion
 from extraction.distill import distill
 from extraction.distributed import require_one_process
 from extraction.embeddings import Codes, Sampling, code_size, find_codes, sample_clips
@@ -134,7 +134,7 @@ def main(config: Config) -> dict:
     set_seed(config.seed)
     student = compute.prepare(create_student(config.student, victim.num_classes, config.student_weights))
     run.begin()
-    paths, make_clips = Paths(config.num_frames, config.layers), partial(sample_clips, generator.to(compute.device))
+    paths, make_clips = Motion(config.num_frames, config.layers), partial(sample_clips, generator.to(compute.device))
     codes, search, cut = find_codes(
         victim, make_clips, mark, code_size(generator, len(config.layers)), Sampling(paths), compute.device,
         num_random=config.num_random, population=config.population, num_steps=config.num_steps, step=config.step,

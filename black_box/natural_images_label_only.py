@@ -30,7 +30,7 @@ from extraction.compute import choose_compute
 from extraction.data.augment import view_key
 from extraction.data.clips import load_batches
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
-from extraction.data.images import NUM_DRAWS, ImageRef, Images, Layer, Paths, move_pictures, write_demo_images
+from extraction.data.images import NUM_DRAWS, ImageRef, Images, Layer, Motion, move_pictures, write_demo_images
 from extraction.distill import distill
 from extraction.distributed import require_one_process
 from extraction.errors import BudgetExhausted
@@ -143,13 +143,13 @@ def main(config: Config) -> dict:
     set_seed(config.seed)
     student = compute.prepare(create_student(config.student, victim.num_classes, config.student_weights))
     run.begin()
-    paths = Paths(config.num_frames, config.layers)
+    paths = Motion(config.num_frames, config.layers)
     kept, selection, cut = select_clips(config, victim, images, paths, compute.device)
     chosen = balance_classes(kept, config.quota, config.repeats)
     note_transfer_set(run, chosen, victim.classes)
     draws = {view_key(config.seed, asked.window.key, 0, paths): asked.draws for asked in chosen}
 
-    def make_views(pictures: Tensor, keys: list[bytes], paths: Paths) -> Tensor:
+    def make_views(pictures: Tensor, keys: list[bytes], paths: Motion) -> Tensor:
         return draw_clips(pictures, np.stack([draws[key] for key in keys]), paths)
 
     optimizer = torch.optim.Adam(student.parameters(), config.lr, fused=True)
@@ -166,12 +166,12 @@ def main(config: Config) -> dict:
     )  # fmt: skip
 
 
-def draw_clips(pictures: Tensor, draws: np.ndarray, paths: Paths) -> Tensor:
+def draw_clips(pictures: Tensor, draws: np.ndarray, paths: Motion) -> Tensor:
     return move_pictures(pictures.permute(0, 1, 4, 2, 3).float().div_(255.0), torch.from_numpy(draws), paths)
 
 
 def select_clips(
-    config: Config, victim: Ledger, images: Images, paths: Paths, device: torch.device
+    config: Config, victim: Ledger, images: Images, paths: Motion, device: torch.device
 ) -> tuple[list[list[Asked]], list[dict], str | None]:
     """Spend the budget on finding `quota` clips of each class.
 

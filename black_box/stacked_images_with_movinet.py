@@ -19,7 +19,7 @@ import torch
 
 from extraction.compute import choose_compute
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
-from extraction.data.images import Images, Layer, Paths, create_clips, write_demo_images
+from extraction.data.images import Images, Layer, Motion, create_clips, write_demo_images
 from extraction.distill import distill
 from extraction.report import finish
 from extraction.runs import Run, check_at_least, run_script, set_seed
@@ -111,7 +111,7 @@ def main(config: Config) -> dict:
     steps = config.epochs * -(-len(images) // config.batch_size)
     history, stopped = distill(
         run, student, victim, images, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps), evaluator.score,
-        epochs=config.epochs, batch_size=config.batch_size, augmentation=Paths(config.num_frames, config.layers),
+        epochs=config.epochs, batch_size=config.batch_size, augmentation=Motion(config.num_frames, config.layers),
         make_views=create_clips, views_per_clip=config.views_per_clip, seed=config.seed, num_workers=config.num_workers,
     )  # fmt: skip
     return finish(run, student, victim, evaluator, history, stopped, images.broken)

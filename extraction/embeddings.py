@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from extraction.biggan import BigGAN
 from extraction.data.augment import view_key
-from extraction.data.images import NUM_DRAWS, Paths, draw_uniform, move_pictures
+from extraction.data.images import NUM_DRAWS, Motion, draw_uniform, move_pictures
 from extraction.distill import answers_to_targets
 from extraction.ledger import Ledger
 
@@ -25,7 +25,7 @@ from extraction.ledger import Ledger
 class Sampling(NamedTuple):
     """How a clip is drawn from around a code."""
 
-    paths: Paths
+    paths: Motion
     spread: float = 0.0  # standard deviation around the code, in the units of its entries, which are about 1
 
 

@@ -13,14 +13,14 @@ from torch import nn
 from black_box import biggan_with_movinet, biggan_with_swin
 from extraction import biggan, ledger
 from extraction.biggan import PUBLISHED, BigGAN, Shape, create_demo_biggan, fold_spectral_norm, load_biggan
-from extraction.data.images import Layer, Paths
+from extraction.data.images import Layer, Motion
 from extraction.embeddings import Codes, Sampling, code_size, find_codes, sample_clips
 from extraction.errors import BudgetExhausted, UserError
 from extraction.weights import save_weights
 
 SMALL = Shape(16, 16, 10, ((True, 16, 8), (True, 8, 4), (True, 4, 2), (False, 2, 1)), attention=2)
 KEYS = [bytes([k]) * 16 for k in range(12)]
-PATHS = Paths(8, (Layer(),))
+PATHS = Motion(8, (Layer(),))
 
 
 def published_layout(net: BigGAN) -> dict[str, torch.Tensor]:

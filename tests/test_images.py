@@ -11,12 +11,12 @@ from PIL import Image
 
 from black_box import natural_images_label_only, stacked_images_with_movinet, stacked_images_with_swin
 from extraction import ledger
-from extraction.data.images import Images, Layer, Paths, create_clips, draw_texture, read_image, write_demo_images
+from extraction.data.images import Images, Layer, Motion, create_clips, draw_texture, read_image, write_demo_images
 from extraction.errors import BudgetExhausted, UserError
 from extraction.weights import save_weights
 
-TWO = Paths(16, stacked_images_with_swin.DEMO["layers"])
-ONE = Paths(16)
+TWO = Motion(16, stacked_images_with_swin.DEMO["layers"])
+ONE = Motion(16)
 KEYS = [bytes([k]) * 16 for k in range(24)]
 
 
@@ -25,7 +25,7 @@ def images(tmp_path_factory) -> Path:
     return write_demo_images(tmp_path_factory.mktemp("images"), num_images=20, size=64)
 
 
-def pictures_of(images: Path, paths: Paths, count: int, size: int = 48) -> torch.Tensor:
+def pictures_of(images: Path, paths: Motion, count: int, size: int = 48) -> torch.Tensor:
     source = Images(images, count, len(paths.layers), size)
     return torch.from_numpy(np.stack([source[k][1] for k in range(count)]))
 
@@ -73,7 +73,7 @@ def test_a_path_moves_no_further_than_its_constants():
     # A small bright square in the middle: its centre is where the path has moved it.
     picture = torch.zeros(len(KEYS), 1, 64, 64, 3, dtype=torch.uint8)
     picture[:, :, 29:35, 29:35] = 255
-    paths = Paths(16, (Layer(translation=0.2, rotation=0.0, shear=0.0, scale=1.0),))
+    paths = Motion(16, (Layer(translation=0.2, rotation=0.0, shear=0.0, scale=1.0),))
     clips = create_clips(picture, KEYS, paths)[:, 0].double()
     place = (torch.arange(64) + 0.5) / 64 - 0.5
     centre = torch.stack([(clips.sum(2 + axis) * place).sum(2) / clips.sum((2, 3)) for axis in (0, 1)], 2)
@@ -81,7 +81,7 @@ def test_a_path_moves_no_further_than_its_constants():
     assert reach.max() <= 0.2 * 1.06  # a swing drifts by 5 %
     assert reach.min() >= 0.2 * 0.35
     assert reach.std() > 0.01
-    still = create_clips(picture, KEYS, Paths(16, (Layer(0.0, 0.0, 0.0, 1.0),)))
+    still = create_clips(picture, KEYS, Motion(16, (Layer(0.0, 0.0, 0.0, 1.0),)))
     torch.testing.assert_close(still, still[:, :, :1].expand_as(still))
 
 

@@ -42,7 +42,7 @@ class Layer(NamedTuple):
     radius: float = 0.0  # of the patch that is cut out, in frame widths; 0: the whole picture
 
 
-class Paths(NamedTuple):
+class Motion(NamedTuple):
     """What a clip out of images is: its length, and its layers from the bottom to the top."""
 
     num_frames: int
@@ -154,13 +154,13 @@ def draw_uniform(keys: Sequence[bytes], count: int) -> np.ndarray:
     return (raw >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def create_clips(pictures: Tensor, keys: Sequence[bytes], paths: Paths) -> Tensor:
+def create_clips(pictures: Tensor, keys: Sequence[bytes], paths: Motion) -> Tensor:
     """Turn uint8 (B, L, H, W, 3) pictures into the clips that `keys` name: float (B, 3, T, H, W) in [0, 1], same device."""
     draws = torch.from_numpy(draw_uniform(keys, NUM_DRAWS * len(paths.layers)))
     return move_pictures(pictures.permute(0, 1, 4, 2, 3).float().div_(255.0), draws, paths)
 
 
-def move_pictures(pictures: Tensor, draws: Tensor, paths: Paths) -> Tensor:
+def move_pictures(pictures: Tensor, draws: Tensor, paths: Motion) -> Tensor:
     """Move float (B, L, 3, H, W) pictures in [0, 1] along the paths that `draws` (B, L * NUM_DRAWS) in 0..1 describe.
 
     Returns float (B, 3, T, H, W) in [0, 1]. What a path uncovers is filled by reflection, so that no corner is black.
