@@ -13,20 +13,21 @@ from typing import Annotated
 
 import tyro
 
+from extraction import options
 from extraction.compute import choose_compute
 from extraction.data.clips import Clips, report_broken
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, read_classes, require_folder
 from extraction.errors import UserError
-from extraction.evaluation import parse_views, predict_videos, score, write_class_table
-from extraction.report import percent
-from extraction.runs import check_at_least, run_script
+from extraction.evaluation.results import percent
+from extraction.evaluation.scoring import parse_views, predict_videos, score, write_class_table
+from extraction.experiment import run_script
 from extraction.students import load_student
-from extraction.victims import KNOWN_CLASSES
+from extraction.victims.classes import KNOWN_CLASSES
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(options.ComputeOptions):
     student: Annotated[str, tyro.conf.Positional] = "r2plus1d_34"
     """Name of the student's network."""
     weights: Annotated[str, tyro.conf.Positional] = "runs/swin_to_r21_kd/student.safetensors"
@@ -36,41 +37,34 @@ class Config:
     data_list: str | None = None
     """Score only the videos of --data that this list names (a text file, or Kinetics' CSV)."""
     classes: str | None = None
-    """The classes' order for weights that do not say theirs: k400, k600, or a text file with a name per line."""
+    """Class order for weights that do not say theirs: k400, k600, or a text file with a name per line."""
     views: str = "1x1"
-    """Clips x crops per video; 10x3 is the published way."""
-    num_frames: int | None = None
+    """Test views, clips x crops per video; 10x3 is the published way."""
+    num_frames: options.Count | None = None
     """Frames of a clip; by default what the weights were trained on, else 32."""
-    stride: int | None = None
-    """A clip takes one of so many frames; by default what the weights were trained on, else 1."""
-    size: int | None = None
+    stride: options.Count | None = None
+    """Temporal stride; by default what the weights were trained on, else 1."""
+    size: options.Count | None = None
     """Height and width of a clip; by default what the weights were trained on, else 224."""
-    batch_size: int = 16
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:1 and so on; auto is a GPU if there is one."""
-    precision: str = "auto"
-    """fp32, bf16, or auto: bf16 on a GPU."""
-    compile: str = "auto"
-    """on, off, or auto: on a GPU, in a long run."""
-    num_workers: int = 8
-    """Processes that decode, one for each core at most."""
     csv: str | None = None
     """Where the per-class table goes; by default beside the weights."""
     demo: bool = False
-    """Score on the embedded demo set's held-out videos."""
+    """Score on the built-in demo set's held-out videos."""
     unseen: bool = False
-    """With --demo: on 1 200 others instead, drawn for this alone: no experiment's constants were settled on them."""
+    """With --demo: on 1 200 other videos, drawn for this alone: no experiment's constants were settled on them."""
 
 
 DEMO = dict(
-    demo=True, student="r2plus1d_tiny", weights="runs/swin_to_r21_kd_demo/student.safetensors", data="datasets/demo",
+    demo=True,
+    student="r2plus1d_tiny",
+    weights="runs/swin_to_r21_kd_demo/student.safetensors",
+    data="datasets/demo",
     num_workers=1,
-)  # fmt: skip
+)
 
 
 def main(config: Config) -> dict:
-    check_at_least(config, 1, "num_frames", "stride", "size", "batch_size")
-    check_at_least(config, 0, "num_workers")
+    options.check_options(config)
     if config.unseen and not config.demo:
         raise UserError("--unseen: it goes with --demo")
     if config.unseen:
@@ -85,7 +79,9 @@ def main(config: Config) -> dict:
     student, about = load_student(config.student, config.weights)
     classes = about.get("classes") or named
     if classes is None:
-        raise UserError("the weights do not say their classes: pass --classes k400 or k600, or a text file with a name per line")
+        raise UserError(
+            "the weights do not say their classes: pass --classes k400 or k600, or a text file with a name per line"
+        )
     if len(classes) != student.num_classes:
         raise UserError(f"{config.weights}: its head has {student.num_classes} classes, the class list {len(classes)}")
     shape = {
@@ -93,14 +89,14 @@ def main(config: Config) -> dict:
         for name, usual in (("num_frames", 32), ("stride", 1), ("size", 224))
     }
     clips = Clips(find_videos(root, classes, "val", config.data_list), views=views, **shape)
-    said = predict_videos(compute.prepare(student), clips, compute.device, config.batch_size, config.num_workers)
-    results = score(said.probs, said.labels)
+    predictions = predict_videos(compute.prepare(student), clips, compute.device, config.batch_size, config.num_workers)
+    results = score(predictions.probs, predictions.labels)
     suffix = ".unseen.classes.csv" if config.unseen else ".classes.csv"
     table = Path(config.csv) if config.csv else Path(config.weights).with_suffix(suffix)
-    write_class_table(table, said.probs, said.labels, classes)
+    write_class_table(table, predictions.probs, predictions.labels, classes)
     print(f"top-1 {percent(results['top1'])} %, top-5 {percent(results['top5'])} %")
     print(f"{clips.num_videos} videos of {config.data}, {config.views} views each; per class: {table}")
-    report_broken(said.broken)
+    report_broken(predictions.broken)
     return results
 
 

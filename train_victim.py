@@ -8,24 +8,29 @@ The demo's victims, `extraction/victims/demo_*.safetensors`, were made by `pytho
 """
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import torch
 
+from extraction import options
+from extraction.attacks.distill import Training
+from extraction.attacks.losses import cross_entropy
+from extraction.compute import choose_device
 from extraction.data.augment import Augmentation
 from extraction.data.clips import Clips
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, list_classes, require_folder
-from extraction.distill import distill
-from extraction.evaluation import Evaluator
-from extraction.report import draw_curve, percent
-from extraction.runs import Run, check_at_least, check_at_most, choose_device, run_script, set_seed
-from extraction.setting import require_lists
-from extraction.victims import create_network
+from extraction.data.queries import QuerySet
+from extraction.evaluation.plots import draw_curve
+from extraction.evaluation.results import percent
+from extraction.evaluation.scoring import Evaluator
+from extraction.experiment import run_script
+from extraction.runs import Run
+from extraction.victims.trained import create_network, learned_weights
 from extraction.weights import save_weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     data: str = "datasets/my_videos"
     """Labelled videos, in class folders (below train/ and val/ if there are such folders)."""
@@ -35,46 +40,49 @@ class Config:
     """Held-out labelled videos; by default those of --data."""
     val_list: str | None = None
     """Use only the held-out videos that this list names."""
-    architecture: str = "swin_demo"
-    """One of swin_demo, swin_t, swin_s, swin_b, movinet_demo."""
-    num_frames: int = 16
-    stride: int = 1
-    """A clip takes one of so many frames of a video: 2 is every other one."""
-    step: int = 8
-    """A new clip every so many frames."""
-    size: int = 48
-    """Height and width of the clips."""
-    epochs: int = 60
-    batch_size: int = 64
-    lr: float = 2e-3
+    architecture: Literal["swin_demo", "swin_t", "swin_s", "swin_b", "movinet_demo"] = "swin_demo"
+    """The victim's network."""
+    num_frames: options.Count = 16
+    """Frames of a clip."""
+    stride: options.Count = 1
+    """Temporal stride: a clip takes every n-th frame of a video."""
+    clip_interval: options.Count = 8
+    """Frames from the start of a clip to the start of the next."""
+    size: options.Count = 48
+    """Height and width of a clip, in pixels."""
+    epochs: options.Count = 60
+    """Passes over all clips."""
+    batch_size: options.Count = 64
+    """Clips in a batch."""
+    lr: options.Rate = 2e-3
     """Peak of a one-cycle schedule (AdamW)."""
-    weight_decay: float = 0.05
-    hflip: float = 0.0
-    """Share of the views that are mirrored, 0 to 1."""
-    brightness: float = 0.2
-    """How far the brightness of a view is changed, 0 to 1: 0.1 is 10 % up or down at most."""
-    rotation: float = 8.0
-    """How far a view is turned, in degrees either way at most."""
+    weight_decay: options.Rate = 0.05
+    """Weight decay."""
+    hflip: options.Fraction = 0.0
+    """Probability of a horizontal flip."""
+    brightness: options.Fraction = 0.2
+    """Brightness jitter: a factor drawn from 1 - b to 1 + b."""
+    rotation: options.Rate = 8.0
+    """Random rotation, in degrees, either way at most."""
     seed: int = 0
+    """Random seed: data order, augmentation and initial weights follow from it."""
     device: str = "auto"
-    """auto, cpu, cuda, or cuda:1 and so on; auto is a GPU if there is one."""
-    num_workers: int = 2
-    """Processes that decode, one for each core at most."""
+    """auto, cpu, cuda or cuda:N; auto is a GPU if there is one."""
+    num_workers: options.Natural = 2
+    """Data loader workers, one per core at most."""
     checkpoint_seconds: float = 120.0
-    """Seconds between checkpoints, from which an interrupted run goes on."""
+    """Seconds between checkpoints."""
     out_dir: str = "runs/train_victim"
+    """The run's folder."""
     demo: bool = False
     """Remake the demo's victim: hours on two CPU cores."""
 
 
-DEMO = dict(demo=True, data="datasets/demo", val="datasets/demo", step=16, epochs=12, out_dir="runs/train_victim_demo")
+DEMO = dict(demo=True, data="datasets/demo", val="datasets/demo", clip_interval=16, epochs=12, out_dir="runs/train_victim_demo")
 
 
 def main(config: Config) -> dict:
-    check_at_least(config, 1, "epochs", "batch_size", "num_frames", "stride", "step", "size")
-    check_at_least(config, 0, "lr", "weight_decay", "hflip", "brightness", "rotation", "num_workers")
-    check_at_most(config, 1, "hflip", "brightness")
-    require_lists(config)
+    options.check_options(config)
     if config.demo:
         write_demo_set("datasets/demo", {"train": 2500, "val": 20})
     device = choose_device(config.device)
@@ -84,42 +92,31 @@ def main(config: Config) -> dict:
     if run.finished:
         print(f"{run.folder} is finished: top-1 {percent(run.finished['top1'])} %")
         return run.finished
-    set_seed(config.seed)
+    torch.manual_seed(config.seed)
     classes = list_classes(root, "train")
     model = create_network(config.architecture, len(classes), config.num_frames, config.size).to(device)
     shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
-    clips = Clips(find_videos(root, classes, "train", config.data_list), step=config.step, **shape)
+    clips = Clips(find_videos(root, classes, "train", config.data_list), clip_interval=config.clip_interval, **shape)
+    queries = QuerySet(clips, Augmentation(config.hflip, config.brightness, config.rotation), seed=config.seed)
     val = Clips(find_videos(val_root, classes, "val", config.val_list), views=(1, 1), **shape)
     evaluator = Evaluator(val, classes, device, config.batch_size, config.num_workers)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
     steps = config.epochs * -(-len(clips) // config.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps + 1, pct_start=0.1)
-    history, _ = distill(
-        run,
-        model,
-        None,
-        clips,
-        optimizer,
-        schedule,
-        evaluator.score,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        label_weight=1.0,
-        augmentation=Augmentation(config.hflip, config.brightness, config.rotation),
+    training = Training(
+        run, model, optimizer, schedule, evaluator, None, queries, config.epochs, config.batch_size, config.num_workers,
         max_grad_norm=1.0,
-        seed=config.seed,
-        num_workers=config.num_workers,
-    )
+    )  # fmt: skip
+    for batch in training:
+        loss = cross_entropy(training.forward(batch.clips), batch.labels)
+        training.step(loss)
     about = dict(architecture=config.architecture, classes=classes, num_frames=config.num_frames, size=config.size)
-    from extraction.victims import swin  # here, because torchvision takes a second to import
-
-    derived = swin.derived_buffers(model.net)
-    learned = {key: value for key, value in model.net.state_dict().items() if key not in derived}
-    save_weights(run.folder / "victim.safetensors", learned, about)
+    save_weights(run.folder / "victim.safetensors", learned_weights(model), about)
+    history = training.history
     draw_curve(run.folder / "curve.png", history, None, 1 / len(classes), "train_victim")
     last = {name: history[-1][name] for name in ("top1", "top5", "loss")}
     results = run.finish(dict(**last, num_classes=len(classes), num_clips=len(clips), history=history))
-    print(f"top-1 {percent(results['top1'])} % on {len(val)} held-out videos: {Path(run.folder) / 'victim.safetensors'}")
+    print(f"top-1 {percent(results['top1'])} % on {len(val)} held-out videos: {run.folder / 'victim.safetensors'}")
     return results
 
 

@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from extraction.data_free import Attacker, create_optimizer, find_method
 from side_by_side import as_in_2022, describe_bytes, peak_memory, run_alone, synchronise, take_turns, times_as_fast, warm_up
 from torch import Tensor
 from train_step import SCALES, create_plain, open_ledger
 
 from extraction import distributed
 from extraction.compute import Compute, choose_compute
-from extraction.data_free import Attacker, create_optimizer, find_method
 from extraction.errors import UserError
 from extraction.generators import create_generator
 from extraction.runs import check_at_least, run_script

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
 from extraction.distill import distillation_loss
 from extraction.ledger import Ledger, encode_answers
+
 from extraction.runs import check_at_least, run_script
 from extraction.students import create_student
 from extraction.victims import load_victim

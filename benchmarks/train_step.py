@@ -33,6 +33,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from extraction.distill import Asked, answers_to_targets, ask_ahead, distillation_loss
+from extraction.ledger import Ledger
 from side_by_side import (
     as_in_2022,
     describe_bytes,
@@ -54,9 +56,7 @@ from extraction.data.augment import Augmentation, create_views, view_key
 from extraction.data.clips import Clips, load_batches
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data.folders import find_videos
-from extraction.distill import Asked, answers_to_targets, ask_ahead, distillation_loss
 from extraction.errors import UserError
-from extraction.ledger import Ledger
 from extraction.network import VideoModel
 from extraction.runs import check_at_least, choose_device, run_script
 from extraction.students import STUDENTS, create_student

@@ -8,8 +8,8 @@ What is finished is not run again; after an interruption the same command goes o
 
 from dataclasses import dataclass
 
-from extraction.runs import run_script
-from extraction.table import Experiment, run_all
+from extraction.evaluation.suite import Experiment, run_all
+from extraction.experiment import run_script
 
 PUBLISHED = {
     "random_noise_with_swin": "1.26 / 0.27",
@@ -25,15 +25,16 @@ PUBLISHED = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: tuple[int, ...] = (0,)
-    """With several, the table has their mean and standard deviation."""
+    """Random seeds; with several, the table has their mean and standard deviation."""
     only: tuple[str, ...] = ()
     """Run and tabulate only these experiments."""
     out_dir: str = "runs/black_box"
+    """Folder of all runs, a folder for each seed in it."""
     demo: bool = False
-    """Run on the embedded demo set and victims: an hour or more on one CPU core."""
+    """Run on the built-in demo set and victims: an hour or more on one CPU core."""
 
 
 DEMO = dict(demo=True, out_dir="runs/black_box_demo")

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from extraction import distributed
 from extraction.errors import UserError
 from extraction.network import LAYOUTS, VideoModel
-from extraction.runs import choose_device
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # A network that has had so many batches has cost about what compiling it costs, so that a run never takes much longer for
@@ -33,6 +33,26 @@ class Compute(NamedTuple):
             if isinstance(part, VideoModel):
                 part.precision, part.compile_after = self.precision, self.compile_after
         return model
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` (CUDA if there is one), or the device asked for. Raises UserError when that is not there.
+
+    With several processes each has its own.
+    """
+    if distributed.local_device() is not None:
+        return distributed.local_device()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r}: write auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here; use --device cpu")
+    if device.type == "cuda" and device.index:
+        torch.cuda.set_device(device)  # what asks for no device, such as waiting or pinning memory, means this one
+    return device
 
 
 def choose_compute(device: str = "auto", precision: str = "auto", compile: str = "auto") -> Compute:

@@ -24,7 +24,7 @@ from extraction.errors import UserError
 
 
 def start(device: str = "auto") -> None:
-    """Join the other processes of this run, if a launcher started several. Raises UserError for a device that can't be shared."""
+    """Join the other processes of this run, if a launcher started several. UserError: the device can't be shared."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     if device not in ("auto", "cpu", "cuda"):

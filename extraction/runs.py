@@ -3,12 +3,10 @@
 import contextlib
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +65,9 @@ class Run:
         other = [k for k in self.config if k not in free and kept.get(k) != self.config[k]]
         if other:
             changes = ", ".join(f"{k} {kept.get(k)} -> {self.config[k]}" for k in other[:3])
-            raise UserError(f"{self.folder} holds a run with other constants ({changes}); choose another --out-dir or delete it")
+            raise UserError(
+                f"{self.folder} holds a run with other constants ({changes}); choose another --out-dir or delete it"
+            )
 
     @property
     def seconds(self) -> float:
@@ -159,83 +159,3 @@ def current_commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` (CUDA if there is one), or the device asked for. Raises UserError when that is not there.
-
-    With several processes each has its own.
-    """
-    if distributed.local_device() is not None:
-        return distributed.local_device()
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name!r}: write auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here; use --device cpu")
-    if device.type == "cuda" and device.index:
-        torch.cuda.set_device(device)  # what asks for no device, such as waiting or pinning memory, means this one
-    return device
-
-
-def check_at_least(config: Any, minimum: float, *names: str) -> None:
-    """Raise UserError for the first of the named constants that is below `minimum`."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= minimum:  # NaN is not either
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least {minimum}")
-
-
-def check_at_most(config: Any, maximum: float, *names: str) -> None:
-    """Raise UserError for the first of the named constants that is above `maximum`."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value <= maximum:
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at most {maximum}")
-
-
-def set_seed(seed: int) -> None:
-    """Seed PyTorch's generators, right before a student is made: building a victim draws from them too.
-
-    Data order and views are functions of the seed alone.
-    """
-    torch.manual_seed(seed)
-
-
-def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None = None) -> None:
-    """The command line of a script: `config_class` turned into flags, its defaults those of `demo` under --demo.
-
-    UserError becomes its one line and exit status 1, Ctrl-C exit status 130.
-    """
-    import tyro
-
-    default = config_class(**demo) if demo and "--demo" in sys.argv[1:] else config_class()
-    doc = (sys.modules[main.__module__].__doc__ or "").strip()
-    try:
-        config = tyro.cli(config_class, default=default, description=doc)
-        if "OMP_NUM_THREADS" not in os.environ:  # threads beside the loader's workers, not against them: that halves the rate
-            threads = torch.get_num_threads()
-            torch.set_num_threads(max(1, threads - min(getattr(config, "num_workers", 0), threads // 2)))
-        distributed.start(getattr(config, "device", "auto"))
-        main(config)
-        distributed.end()
-    except UserError as error:
-        if distributed.should_print(str(error)):
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        distributed.exit_process(1)
-    except distributed.Ended:
-        distributed.exit_process(1)
-    except RuntimeError as error:
-        lost = distributed.describe_lost_process(error)
-        if lost is None:
-            raise
-        if distributed.should_print("lost"):
-            print(f"{Path(sys.argv[0]).name}: {lost}", file=sys.stderr)
-        distributed.exit_process(1)
-    except KeyboardInterrupt as error:
-        if distributed.should_print(str(error)):
-            print(str(error) or "interrupted", file=sys.stderr)
-        distributed.exit_process(130)

@@ -15,51 +15,43 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from extraction import options
 from extraction.compute import choose_compute
 from extraction.data.clips import Clips, report_broken
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, require_folder
 from extraction.errors import UserError
-from extraction.evaluation import parse_views, predict_videos, score, write_class_table
-from extraction.report import percent
-from extraction.runs import check_at_least, run_script
-from extraction.victims import find_weights, load_model
+from extraction.evaluation.results import percent
+from extraction.evaluation.scoring import parse_views, predict_videos, score, write_class_table
+from extraction.experiment import run_script
+from extraction.victims.zoo import find_weights, load_model
 
 SHORT_NAMES = {"swin": "swin_b_k400", "movinet": "movinet_a2_k600"}
 DEMO_NAMES = {"swin": "demo_swin", "movinet": "demo_movinet"}
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(options.ComputeOptions):
     victim: str = "swin"
     """Any victim's name; swin and movinet are short for swin_b_k400 and movinet_a2_k600 (and for the demo's own)."""
     victim_weights: str | None = None
-    """Weight file of the victim; by default its usual place under weights/."""
+    """The victim's weight file; by default its usual place under weights/."""
     data: str | None = None
     """Labelled videos in class folders; by default datasets/kinetics400_val, for k600 victims datasets/kinetics600_val."""
     data_list: str | None = None
     """Score only the videos of --data that this list names (a text file, or Kinetics' CSV)."""
     views: str = "1x1"
-    """Clips x crops per video; published are 4x3 for Swin and 1x1 for MoViNet."""
-    num_frames: int | None = None
+    """Test views, clips x crops per video; published are 4x3 for Swin and 1x1 for MoViNet."""
+    num_frames: options.Count | None = None
     """Frames of a clip; by default what the victim was trained on, else 32."""
-    stride: int | None = None
-    """Every so many frames; by default as published: 5 for k600 victims (5 frames a second of 25), else 2."""
-    size: int | None = None
+    stride: options.Count | None = None
+    """Temporal stride; by default as published: 5 for k600 victims (5 frames a second of 25), else 2."""
+    size: options.Count | None = None
     """Height and width of a clip; by default what the victim was trained on, else 224."""
-    batch_size: int = 16
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:1 and so on; auto is a GPU if there is one."""
-    precision: str = "auto"
-    """fp32, bf16, or auto: bf16 on a GPU."""
-    compile: str = "auto"
-    """on, off, or auto: on a GPU, in a long run."""
-    num_workers: int = 8
-    """Processes that decode, one for each core at most."""
     out_dir: str = "runs/eval_teacher"
     """Where the per-class table goes, named after the victim."""
     demo: bool = False
-    """Score a demo victim on the embedded demo set's held-out videos."""
+    """Score a demo victim on the built-in demo set's held-out videos."""
 
 
 DEMO = dict(demo=True, data="datasets/demo", stride=1, num_workers=1, out_dir="runs/eval_teacher_demo")
@@ -90,8 +82,7 @@ class Stopwatch:
 
 
 def main(config: Config) -> dict:
-    check_at_least(config, 1, "num_frames", "stride", "size", "batch_size")
-    check_at_least(config, 0, "num_workers")
+    options.check_options(config)
     name = (DEMO_NAMES if config.demo else SHORT_NAMES).get(config.victim, config.victim)
     find_weights(name, config.victim_weights)
     if config.demo:
@@ -111,15 +102,15 @@ def main(config: Config) -> dict:
         size=config.size or victim.model.size or 224,
     )
     timed, started = Stopwatch(victim, compute.device), time.perf_counter()
-    said = predict_videos(timed, clips, compute.device, config.batch_size, config.num_workers)
+    predictions = predict_videos(timed, clips, compute.device, config.batch_size, config.num_workers)
     seconds = time.perf_counter() - started
-    results = score(said.probs, said.labels) | {"clips_per_second": timed.clips_per_second}
+    results = score(predictions.probs, predictions.labels) | {"clips_per_second": timed.clips_per_second}
     table = Path(config.out_dir) / f"{Path(name.replace(':', '_')).stem}.classes.csv"
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {table.parent}: {error.strerror}; choose another --out-dir") from None
-    write_class_table(table, said.probs, said.labels, victim.classes)
+    write_class_table(table, predictions.probs, predictions.labels, victim.classes)
     chance = 1 / len(victim.classes)
     print(f"{name}: top-1 {percent(results['top1'])} %, top-5 {percent(results['top5'])} % (chance {percent(chance)} %)")
     print(f"{clips.num_videos} videos of {root}, {config.views} views each; per class: {table}")
@@ -127,7 +118,7 @@ def main(config: Config) -> dict:
         f"{timed.clips_per_second:.1f} clips/s of {clips.num_frames}x{clips.size}x{clips.size} in the victim, "
         f"{len(clips) / seconds:.1f} with decoding, on {compute.device}"
     )
-    report_broken(said.broken)
+    report_broken(predictions.broken)
     return results
 
 

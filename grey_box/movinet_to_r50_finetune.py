@@ -1,7 +1,7 @@
 """MoViNet-A2 into a ResNet-50 of single frames, second of three stages: fine-tuning on the labelled 5 %, all weights (dense).
 
     python grey_box/movinet_to_r50_finetune.py --demo          (after movinet_to_r50_auxiliary.py --demo)
-    python grey_box/movinet_to_r50_finetune.py --own datasets/kinetics600_5per
+    python grey_box/movinet_to_r50_finetune.py --in-domain datasets/kinetics600_5per
 
 Starts from the weights that `movinet_to_r50_auxiliary.py` saved, head and all, and trains on true labels: not one query more.
 22.3 % accuracy on Kinetics-600 was reported.
@@ -13,110 +13,61 @@ from dataclasses import dataclass
 
 import torch
 
-from extraction.compute import choose_compute
+from extraction import options
+from extraction.attacks.distill import Training
+from extraction.attacks.losses import cross_entropy
 from extraction.data.augment import Augmentation
 from extraction.data.clips import Clips
-from extraction.data.demo import write_demo_set
-from extraction.data.folders import find_videos, require_folder
-from extraction.distill import distill
-from extraction.report import finish
-from extraction.runs import Run, check_at_least, check_at_most, run_script, set_seed
-from extraction.setting import load_stage, open_setting, repeat_results, require_inputs
+from extraction.data.folders import find_videos
+from extraction.data.queries import QuerySet
+from extraction.experiment import experiment, open_attack, run_script
+from extraction.runs import Run
+from extraction.students import load_stage
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(options.Options, options.VideoOptions, options.ScoredVictimOptions):
     victim: str = "movinet_a2_k600"
-    """Whom the student is to agree with; it is not asked any more."""
-    victim_weights: str | None = None
-    """Weight file of the victim; by default its usual place under weights/."""
     student: str = "resnet50"
-    """The student's network: an unknown name lists them."""
     student_weights: str = "runs/movinet_to_r50_auxiliary/student.safetensors"
     """What the stage before saved."""
-    own: str = "datasets/kinetics600_5per"
-    """Labelled videos of the victim's own task, in class folders."""
-    own_list: str | None = None
-    """Use only the videos of --own that this list names."""
+    in_domain: str | None = "datasets/kinetics600_5per"
     val: str = "datasets/kinetics600_val"
-    """Held-out labelled videos that score the student."""
-    val_list: str | None = None
-    """Use only the videos of --val that this list names."""
-    min_victim_top1: float | None = None
-    """Stop unless the victim's top-1 on --val is at least this, a fraction (0.3); by default 3 times chance, 0: off."""
     num_frames: int = 32
-    stride: int = 1
-    """A clip takes one of so many frames of a video: 2 is every other one."""
-    step: int = 32
-    """A new clip every so many frames."""
+    clip_interval: int = 32
     size: int = 224
-    """Height and width of the clips."""
     epochs: int = 10
-    batch_size: int = 16
     head_lr: float = 3e-5
-    """Learning rate of the student's head, its last layer (AdamW)."""
     body_lr: float = 3e-6
-    """Learning rate of the layers below the head."""
-    hflip: float = 0.5
-    """Share of the views that are mirrored, 0 to 1."""
-    brightness: float = 0.1
-    """How far the brightness of a view is changed, 0 to 1: 0.1 is 10 % up or down at most."""
-    rotation: float = 15.0
-    """How far a view is turned, in degrees either way at most."""
-    seed: int = 0
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:1 and so on; auto is a GPU if there is one."""
-    precision: str = "auto"
-    """fp32, bf16, or auto: bf16 on a GPU."""
-    compile: str = "auto"
-    """on, off, or auto: on a GPU, in a long run."""
-    num_workers: int = 8
-    """Processes that decode, one for each core at most."""
-    checkpoint_seconds: float = 300.0
-    """Seconds between checkpoints, from which an interrupted run goes on."""
-    out_dir: str = "runs/movinet_to_r50_finetune"
-    demo: bool = False
-    """Run on the embedded demo set: a minute on two CPU cores."""
 
 
-DEMO = dict(
-    demo=True, victim="demo_movinet", student="resnet_demo",
+DEMO = options.VIDEO_DEMO | dict(
+    victim="demo_movinet",
+    student="resnet_demo",
     student_weights="runs/movinet_to_r50_auxiliary_demo/student.safetensors",
-    own="datasets/demo/train_5per", val="datasets/demo/val", num_frames=16, step=16, size=48,
-    epochs=20, head_lr=5e-4, body_lr=5e-4, hflip=0.0, rotation=3.0,
-    num_workers=1, checkpoint_seconds=10.0, out_dir="runs/movinet_to_r50_finetune_demo",
-)  # fmt: skip
+    epochs=20,
+    head_lr=5e-4,
+    body_lr=5e-4,
+)
 
 
-def main(config: Config) -> dict:
-    check_at_least(config, 1, "epochs", "batch_size", "num_frames", "stride", "step", "size")
-    check_at_least(config, 0, "head_lr", "body_lr", "num_workers", "hflip", "brightness", "rotation")
-    check_at_most(config, 1, "hflip", "brightness")
-    require_inputs(config, stage=True)
-    if config.demo:
-        write_demo_set("datasets/demo")
-    compute = choose_compute(config.device, config.precision, config.compile)
-    require_folder(config.own, "5 % of Kinetics-600's training set, in class folders,")
-    run = Run("movinet_to_r50_finetune", config.out_dir, config, config.checkpoint_seconds)
-    if run.finished:
-        return repeat_results(run.finished)
-    shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
-    victim, evaluator = open_setting(
-        run, compute, victim=config.victim, victim_weights=config.victim_weights, answers="label", query_budget=0,
-        val=config.val, val_list=config.val_list, min_victim_top1=config.min_victim_top1,
-        batch_size=config.batch_size, num_workers=config.num_workers, **shape,
-    )  # fmt: skip
-    student, paid = load_stage(config.student, config.student_weights, victim.classes, compute)
-    clips = Clips(find_videos(config.own, victim.classes, "train", config.own_list), step=config.step, **shape)
-    set_seed(config.seed)
+@experiment
+def main(config: Config, run: Run) -> dict:
+    compute, victim, evaluator = open_attack(config, run)
+    student, num_queries = load_stage(config.student, config.student_weights, victim.classes)
+    student = compute.prepare(student)
+    videos = find_videos(config.in_domain, victim.classes, "train", config.in_domain_list)
+    clips = Clips(videos, clip_interval=config.clip_interval, **config.shape)
+    queries = QuerySet(clips, Augmentation(config.hflip, config.brightness, config.rotation), seed=config.seed)
     optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr), fused=True)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
-    history, _ = distill(
-        run, student, None, clips, optimizer, schedule, evaluator.score, epochs=config.epochs, batch_size=config.batch_size,
-        label_weight=1.0, augmentation=Augmentation(config.hflip, config.brightness, config.rotation),
-        seed=config.seed, num_workers=config.num_workers,
-    )  # fmt: skip
-    return finish(run, student, victim, evaluator, history, broken=clips.broken, num_queries_before=paid)
+    training = Training(
+        run, student, optimizer, schedule, evaluator, None, queries, config.epochs, config.batch_size, config.num_workers
+    )
+    for batch in training:
+        loss = cross_entropy(training.forward(batch.clips), batch.labels)
+        training.step(loss)
+    return training.finish(num_queries_before=num_queries)
 
 
 if __name__ == "__main__":

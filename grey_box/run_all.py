@@ -8,8 +8,8 @@ What is finished is not run again; after an interruption the same command goes o
 
 from dataclasses import dataclass
 
-from extraction.runs import run_script
-from extraction.table import Experiment, run_all
+from extraction.evaluation.suite import Experiment, run_all
+from extraction.experiment import run_script
 
 
 def grey_box(name: str, published: str, *flags: str) -> Experiment:
@@ -45,15 +45,16 @@ def list_experiments(demo: bool) -> list[Experiment]:
     ]  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     seeds: tuple[int, ...] = (0,)
-    """With several, the table has their mean and standard deviation."""
+    """Random seeds; with several, the table has their mean and standard deviation."""
     only: tuple[str, ...] = ()
     """Run and tabulate only these experiments."""
     out_dir: str = "runs/grey_box"
+    """Folder of all runs, a folder for each seed in it."""
     demo: bool = False
-    """Run on the embedded demo set and victims: an hour or more on one CPU core."""
+    """Run on the built-in demo set and victims: an hour or more on one CPU core."""
 
 
 DEMO = dict(demo=True, out_dir="runs/grey_box_demo")

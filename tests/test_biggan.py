@@ -8,13 +8,13 @@ import types
 import numpy as np
 import pytest
 import torch
+from extraction.biggan import PUBLISHED, BigGAN, Shape, create_demo_biggan, fold_spectral_norm, load_biggan
+from extraction.embeddings import Codes, Sampling, code_size, find_codes, sample_clips
 from torch import nn
 
 from black_box import biggan_with_movinet, biggan_with_swin
 from extraction import biggan, ledger
-from extraction.biggan import PUBLISHED, BigGAN, Shape, create_demo_biggan, fold_spectral_norm, load_biggan
 from extraction.data.images import Layer, Motion
-from extraction.embeddings import Codes, Sampling, code_size, find_codes, sample_clips
 from extraction.errors import BudgetExhausted, UserError
 from extraction.weights import save_weights
 

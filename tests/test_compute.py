@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from extraction.data_free import kl_loss
 from torch import nn
 
 from extraction.compute import COMPILE_AFTER, choose_compute
 from extraction.data.clips import Clips
 from extraction.data.folders import find_videos
-from extraction.data_free import kl_loss
 from extraction.errors import UserError
 from extraction.evaluation import predict_videos
 from extraction.generators import create_generator

@@ -9,15 +9,6 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-
-from black_box import (
-    attack_video_movinet,
-    attack_video_swin,
-    conditional_gan_with_movinet,
-    conditional_gan_with_swin,
-    random_noise_with_swin,
-)
-from extraction import data_free, report
 from extraction.data_free import (
     METHODS,
     SCHEDULES,
@@ -30,9 +21,18 @@ from extraction.data_free import (
     l1_loss,
     pairwise_distance,
 )
+from extraction.ledger import Ledger, export, verify
+
+from black_box import (
+    attack_video_movinet,
+    attack_video_swin,
+    conditional_gan_with_movinet,
+    conditional_gan_with_swin,
+    random_noise_with_swin,
+)
+from extraction import data_free, report
 from extraction.errors import BudgetExhausted, UserError
 from extraction.generators import create_generator
-from extraction.ledger import Ledger, export, verify
 from extraction.runs import Run
 from extraction.students import create_student
 from extraction.victims import Victim, load_victim

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from extraction.distill import answers_to_targets, distillation_loss
+from extraction.ledger import Ledger
 
 import eval_only
 from extraction.data.clips import count_cores, load_batches
-from extraction.distill import answers_to_targets, distillation_loss
 from extraction.errors import BudgetExhausted, UserError
-from extraction.ledger import Ledger
 from extraction.students import create_student
 from extraction.victims import load_victim
 from extraction.weights import read_state, save_weights

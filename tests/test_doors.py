@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from extraction.ledger import Ledger
 
 import train_victim
 from extraction import victims
@@ -18,7 +19,6 @@ from extraction.data.clips import Clips
 from extraction.data.folders import find_videos, normalise_class
 from extraction.errors import BudgetExhausted, UserError
 from extraction.evaluation import Evaluator, check_victim, predict_videos, score
-from extraction.ledger import Ledger
 from extraction.network import fit_clips
 from extraction.victims import KNOWN_CLASSES, VICTIMS, create_network, load_model, load_victim, movinet
 from extraction.weights import save_weights

@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from extraction.ledger import Ledger, decode_answers, encode_answers
 
 from extraction import ledger as ledger_module
 from extraction.errors import BudgetExhausted, UserError
-from extraction.ledger import Ledger, decode_answers, encode_answers
 from extraction.victims import load_victim
 
 

@@ -6,6 +6,7 @@ be pretended.
 
 import pytest
 import torch
+from extraction.distill import answers_to_targets, distillation_loss
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from extraction import generators
 from extraction.compute import Compute
 from extraction.data.augment import Augmentation, create_views
-from extraction.distill import answers_to_targets, distillation_loss
 from extraction.network import _resize_matrix
 from extraction.students import STUDENTS, create_student
 from extraction.victims import create_network, swin

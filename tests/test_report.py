@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from extraction.report import print_results, tabulate
 
 from extraction.errors import UserError
-from extraction.report import print_results, tabulate
 
 RESULTS = dict(
     experiment="swin_to_r21", victim="demo_swin", victim_fingerprint="abc", victim_top1=0.979, victim_top5=1.0, student="tiny",

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from extraction.table import Experiment, run_all, write_table
 
 from extraction import table as table_module
 from extraction.errors import UserError
-from extraction.table import Experiment, run_all, write_table
 
 SCRIPT = """
 import json, pathlib, sys

@@ -27,7 +27,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
-from extraction.data.clips import EXACT_COLOURS
+from extraction.data.decoding import EXACT_COLOURS
 
 VERSION = 1  # part of the folder's stamp, and of what is drawn: raise it when the pictures change
 ENCODING = 2  # of the stamp alone: raise it when the same pictures are encoded in another way

@@ -126,6 +126,27 @@ def _some(names: Sequence[str]) -> str:
     return f"class {shown}" if len(names) == 1 else f"{len(names)} classes ({shown}{', ...' if len(names) > 3 else ''})"
 
 
+# --- unrelated videos ------------------------------------------------------------------------------------------------
+
+# Where the seeds' unrelated videos are, and what stands in for them in the demo.
+AUX = {
+    "ucf101": ("datasets/UCF-101", "datasets/demo/unrelated_a"),
+    "hmdb51": ("datasets/hmdb51", "datasets/demo/unrelated_b"),
+    "moments_in_time": ("datasets/Moments_in_Time_Raw", "datasets/demo/unrelated_a"),
+}
+
+
+def find_aux_folders(names: Sequence[str], demo: bool = False) -> list[Path]:
+    """The folders of unrelated videos: a name of `AUX`, or a folder as it is. Raises UserError for a missing one."""
+    folders = [AUX[name][demo] if name in AUX else name for name in names]
+    return [require_folder(folder, f"unrelated video ({', '.join(AUX)})") for folder in folders]
+
+
+def find_aux_videos(names: Sequence[str], demo: bool = False) -> list[Video]:
+    """The videos of these folders, without labels."""
+    return [video for folder in find_aux_folders(names, demo) for video in find_videos(folder, None)]
+
+
 # --- lists -----------------------------------------------------------------------------------------------------------
 
 

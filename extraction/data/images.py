@@ -48,6 +48,13 @@ class Motion(NamedTuple):
     num_frames: int
     layers: tuple[Layer, ...] = (Layer(),)
 
+    def __repr__(self) -> str:  # part of the keys under which ledgers keep answers: it stays, whatever the class is called
+        return f"Paths(num_frames={self.num_frames}, layers={self.layers})"
+
+
+# The demo's clips: a background that hardly moves, and a patch that does.
+DEMO_LAYERS = (Layer(0.03, 1.0, 0.0, 1.02), Layer(0.35, 160.0, 10.0, 2.0, periods=4.0, moving=0.35, radius=0.17))
+
 
 class ImageRef(NamedTuple):
     """A clip to be made: the unit that is asked about and answered."""
@@ -85,18 +92,18 @@ class Images(Dataset):
         while len(self.refs) < (num_clips or len(self.files)):
             for bottom in draw.permutation(len(self.files)).tolist():
                 pictures = (bottom, *draw.integers(len(self.files), size=num_layers - 1).tolist())
-                self.refs.append(self.window(pictures, f":{len(self.refs)}"))  # the same pictures may meet again
+                self.refs.append(self.ref(pictures, f":{len(self.refs)}"))  # the same pictures may meet again
         self.refs = self.refs[: num_clips or len(self.files)]
 
-    def window(self, pictures: tuple[int, ...], name: str = "") -> ImageRef:
+    def ref(self, pictures: tuple[int, ...], name: str = "") -> ImageRef:
         """The clip of these pictures; `name` tells clips of the same pictures apart."""
         marks = "+".join(self.files[k][1] for k in pictures)
         return ImageRef(self.files[pictures[0]][0], pictures, f"{marks}:{self.size}{name}")
 
-    def of(self, windows: Sequence[ImageRef]) -> "Images":
+    def of(self, refs: Sequence[ImageRef]) -> "Images":
         """Other clips of the same images."""
         other = copy.copy(self)
-        other.refs, other.broken = list(windows), []
+        other.refs, other.broken = list(refs), []
         return other
 
     def __len__(self) -> int:

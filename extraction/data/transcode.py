@@ -25,7 +25,8 @@ import tyro
 from av.video.reformatter import Interpolation, VideoReformatter
 from tqdm import tqdm
 
-from extraction.data.clips import Unreadable, describe_error, open_video_stream, report_broken, view_plane
+from extraction.data.clips import report_broken
+from extraction.data.decoding import Unreadable, describe_error, open_video_stream, view_plane
 from extraction.data.folders import EXTENSIONS
 from extraction.errors import UserError, run_tool
 from extraction.weights import write_atomically

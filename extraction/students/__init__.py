@@ -1,7 +1,7 @@
 """Students: the networks an attacker trains. `create_student` builds one with a fresh head, `load_student` a saved one."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -145,3 +145,14 @@ def load_student(name: str, weights: str | Path) -> tuple[Student, dict]:
     student = Student(name, len(bias))
     load_strictly(student.net, state, Path(weights), name)
     return student.eval(), about
+
+
+def load_stage(name: str, weights: str | Path, classes: Sequence[str]) -> tuple[Student, int]:
+    """A student as an earlier stage saved it, head and all, and the queries it has cost so far.
+
+    Raises UserError when the file is missing, holds another student, or was made for other classes than the victim's.
+    """
+    student, about = load_student(name, weights)
+    if tuple(about.get("classes", ())) != tuple(classes):
+        raise UserError(f"{weights}: a student of {student.num_classes} other classes than the victim's {len(classes)}")
+    return student, about.get("num_queries", 0)

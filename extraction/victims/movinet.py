@@ -25,6 +25,8 @@ from torch.nn.utils import fuse_conv_bn_eval
 from torchvision import ops
 
 from extraction.errors import UserError, run_tool
+from extraction.network import VideoModel
+from extraction.victims.classes import kinetics600_classes
 from extraction.weights import load_strictly, read_state, save_weights
 
 K11, K13, K15, K33, K53 = (1, 1, 1), (1, 3, 3), (1, 5, 5), (3, 3, 3), (5, 3, 3)
@@ -320,6 +322,17 @@ def load_movinet_state(path: str | Path, model_id: str = "a2") -> dict[str, Tens
     except UserError as stop:
         raise UserError(f"{stop}; get the file again, or give the model_id it belongs to ({', '.join(MODELS)})") from None
     return model.state_dict()
+
+
+def load_movinet(model_id: str, size: int, weights: Path) -> tuple[VideoModel, list[str]]:
+    """A published Kinetics-600 model of 50 frames of `size` pixels a side, in whatever file format."""
+    state, classes = load_movinet_state(weights, model_id), kinetics600_classes()
+    found = len(state["classifier.weight"])
+    if found != len(classes):
+        raise UserError(f"{weights}: the head has {found} classes, movinet_{model_id}_k600 has {len(classes)}")
+    net = MoViNet(model_id, len(classes))
+    net.load_state_dict(state)
+    return VideoModel(net.fuse(), 50, size), classes
 
 
 def _rename(name: str, names: list[tuple[str, str]]) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from extraction.errors import UserError
 from extraction.network import VideoModel
-from extraction.victims import KNOWN_CLASSES
+from extraction.victims.classes import KNOWN_CLASSES
 from extraction.weights import load_strictly, read_state
 
 MEAN, STD = (0.45,) * 3, (0.225,) * 3

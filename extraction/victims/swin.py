@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
-from extraction.weights import load_strictly
+from extraction.errors import UserError
+from extraction.network import VideoModel
+from extraction.victims.classes import kinetics400_classes
+from extraction.weights import load_strictly, read_state
 
 MEAN, STD = (123.675 / 255, 116.28 / 255, 103.53 / 255), (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
@@ -83,6 +86,18 @@ def load_state(net: nn.Module, state: Mapping[str, Tensor], weights: str | Path,
 def derived_buffers(net: nn.Module) -> dict[str, Tensor]:
     """The state that follows from the architecture, and is not a file's to say."""
     return {key: value for key, value in net.state_dict().items() if key.endswith("relative_position_index")}
+
+
+def load_swin(architecture: str, weights: Path) -> tuple[VideoModel, list[str]]:
+    """A published Kinetics-400 checkpoint, the authors' or mmaction2's. Raises UserError for another network's."""
+    state = to_torchvision_keys(read_state(weights))
+    head = state.get("head.weight")
+    classes = kinetics400_classes()
+    if head is not None and len(head) != len(classes):
+        raise UserError(f"{weights}: the head has {len(head)} classes, {architecture}_k400 has {len(classes)}")
+    net = create_swin(architecture, len(classes))
+    load_state(net, state, weights, architecture)
+    return VideoModel(FusedSwin(net), 32, 224, MEAN, STD), classes
 
 
 class FusedSwin(nn.Module):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from extraction.errors import UserError
+from extraction.network import VideoModel
+from extraction.victims.classes import kinetics600_classes
 
 
 def _import():
@@ -37,7 +39,9 @@ def download(handle: str) -> Path:
     try:
         return Path(hub.resolve(handle))
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{handle}: cannot be fetched ({str(error).splitlines()[0]}); pass an unpacked folder instead") from None
+        raise UserError(
+            f"{handle}: cannot be fetched ({str(error).splitlines()[0]}); pass an unpacked folder instead"
+        ) from None
 
 
 class SavedModel(nn.Module):
@@ -66,3 +70,8 @@ class SavedModel(nn.Module):
         with self.tf.device("/CPU:0"):
             logits = self.program({"image": self.tf.constant(image.numpy())})
         return torch.tensor(logits.numpy(), device=clips.device)
+
+
+def load_tfhub(size: int, weights: Path) -> tuple[VideoModel, list[str]]:
+    classes = kinetics600_classes()
+    return VideoModel(SavedModel(weights, len(classes)), 50, size), classes

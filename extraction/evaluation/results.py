@@ -1,20 +1,19 @@
-"""What a run leaves for people: its results, its saved student, its curve and sheets of clips, and tables of results."""
+"""What a run leaves: its saved student, its curve, `results.json`, and tables of the results of several runs."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from torch import Tensor
 
-from extraction import distributed
 from extraction.data.clips import report_broken
 from extraction.errors import BudgetExhausted, UserError, run_tool
-from extraction.evaluation import Evaluator
-from extraction.ledger import Ledger
+from extraction.evaluation.plots import draw_curve
+from extraction.evaluation.scoring import Evaluator
 from extraction.runs import Run
 from extraction.students import Student
+from extraction.victims.ledger import Ledger
 from extraction.weights import save_weights
 
 
@@ -136,7 +135,7 @@ def tabulate(
 ) -> None:
     """One table of several runs on the same held-out videos: their victims, their students, chance."""
     if not folders:
-        raise UserError("name the folder of a run, or several: python -m extraction.report RUN ...")
+        raise UserError("name the folder of a run, or several: python -m extraction.evaluation.results RUN ...")
     runs = [read_results(folder) for folder in folders]
     for folder, run in zip(folders, runs, strict=True):
         for name in ("num_val_videos", "chance_top1"):
@@ -148,93 +147,5 @@ def tabulate(
     print_results(*runs)
 
 
-def draw_curve(path: str | Path, history: Sequence[dict], victim_top1: float | None, chance: float, title: str) -> None:
-    """Draw accuracy and agreement against queries; against epochs for a run that pays none while it trains."""
-    along_epochs = len({point["num_queries"] for point in history}) == 1 and "epoch" in history[0]
-    axis = "epoch" if along_epochs else "num_queries"
-    figure, axes = _pyplot().subplots(figsize=(7, 4.5), layout="constrained")
-    along = [point[axis] for point in history]
-    for name, label in (
-        ("agreement_at_1", "agreement@1 with the victim"),
-        ("top1", "student top-1"),
-        ("top5", "student top-5"),
-    ):
-        if history and name in history[0]:
-            axes.plot(along, [100 * point[name] for point in history], marker="o", markersize=3, label=label)
-    if victim_top1 is not None:
-        axes.axhline(100 * victim_top1, color="black", linestyle="--", linewidth=1, label="victim top-1")
-    axes.axhline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance top-1")
-    axes.set(xlabel="queries paid" if axis == "num_queries" else "epoch", ylabel="%", ylim=(0, 102), title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
-    _save(figure, path, 120)
-
-
-def draw_curves(path: str | Path, runs: Mapping[str, Sequence[dict]], chance: float, title: str, metric: str = "top1") -> None:
-    """Draw one score of several runs, against epochs: `runs` maps a name to a history."""
-    figure, axes = _pyplot().subplots(figsize=(7, 4.5), layout="constrained")
-    for name, history in runs.items():
-        axes.plot([p["epoch"] for p in history], [100 * p[metric] for p in history], marker="o", markersize=3, label=name)
-    axes.axhline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance")
-    axes.set(xlabel="epoch", ylabel=f"{metric}, %", ylim=(0, 102), title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
-    _save(figure, path, 120)
-
-
-def draw_bars(path: str | Path, scores: Mapping[str, Mapping[str, float]], chance: float) -> None:
-    """Draw top-1 and agreement@1 of several experiments as bars, beside chance."""
-    figure, axes = _pyplot().subplots(figsize=(8, 0.8 + 0.45 * len(scores)), layout="constrained")
-    for offset, (metric, label) in enumerate((("agreement_at_1", "agreement@1"), ("top1", "top-1"))):
-        places = [k + 0.4 * offset - 0.2 for k in range(len(scores))]
-        axes.barh(places, [100 * own.get(metric, 0.0) for own in scores.values()], height=0.38, label=label)
-    axes.set_yticks(range(len(scores)), list(scores))
-    axes.invert_yaxis()
-    axes.axvline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance")
-    axes.set(xlabel="% on held-out videos", xlim=(0, 102))
-    axes.legend(loc="lower right", fontsize=8)
-    _save(figure, path, 120)
-
-
-def draw_clips(path: str | Path, clips: Tensor, captions: Sequence[str], num_frames: int = 8) -> None:
-    """Draw a contact sheet of float (B, C, T, H, W) clips in [0, 1]: a row a clip, its caption above it."""
-    clips = clips.detach().float().cpu()
-    rows, length = len(clips), clips.shape[2]
-    shown = [round(k * (length - 1) / max(1, num_frames - 1)) for k in range(min(num_frames, length))]
-    figure, axes = _pyplot().subplots(rows, len(shown), figsize=(1.25 * len(shown), 1.5 * rows), squeeze=False)
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.25 / (1.5 * rows), wspace=0.04, hspace=0.25)
-    for row, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
-        for column, frame in enumerate(shown):
-            axes[row, column].imshow(clip[:, frame].permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes[row, column].axis("off")
-        axes[row, 0].set_title(caption, fontsize=8, loc="left")
-    _save(figure, path, 110)
-
-
-def draw_queries(path: str | Path, views: Tensor, targets: Tensor, sources: Sequence[str], classes: Sequence[str]) -> None:
-    """Draw the first clips that the victim saw, each under the name of its folder and the victim's top answer."""
-    confidence, top = targets.max(1)
-    captions = [
-        f"{source}: the victim says {classes[label]} ({100 * share:.0f} %)"
-        for source, label, share in zip(sources, top.tolist(), confidence.tolist(), strict=False)
-    ]
-    draw_clips(path, views[:8], captions[:8])
-
-
-def _save(figure, path: str | Path, dpi: int) -> None:
-    if distributed.is_main_process():
-        figure.savefig(path, dpi=dpi)
-    _pyplot().close(figure)
-
-
-def _pyplot():
-    import matplotlib  # here, because it takes long to import and only the end of a run needs it
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
-
-
 if __name__ == "__main__":
-    run_tool(lambda: tyro.cli(tabulate, prog="python -m extraction.report"))
+    run_tool(lambda: tyro.cli(tabulate, prog="python -m extraction.evaluation.results"))

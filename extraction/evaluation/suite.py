@@ -8,10 +8,11 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from extraction.errors import UserError
-from extraction.report import count_queries, draw_bars, read_results
+from extraction.evaluation.plots import draw_bars
+from extraction.evaluation.results import count_queries, read_results
 from extraction.weights import write_atomically
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 
 
 class Experiment(NamedTuple):

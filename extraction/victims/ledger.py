@@ -64,10 +64,10 @@ def decode_answers(rows: Sequence[bytes], surface: str, decimals: int | None = N
 class Ledger:
     """A victim's answers with memory: `query(clips, keys) -> answers`.
 
-    `open_victim(num_queries)` opens the door, told what earlier lives of the run have spent. When the victim's weights are
-    not there but the ledger holds answers, it serves those alone. `exact` keeps float32 of everything. Raises UserError when the
-    file is not a ledger or holds answers of another victim, another surface or in another way; one in which nothing was
-    paid for yet becomes this victim's.
+    `open_victim(num_queries)` opens the query interface, told what the run has spent before a resume. When the victim's
+    weights are not there but the ledger holds answers, it serves those alone. `exact` keeps float32 of everything. Raises
+    UserError when the file is not a ledger, or holds answers of another victim, of another type or packed in another way; one
+    without queries so far becomes this victim's.
     """
 
     def __init__(
@@ -283,7 +283,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     return database
 
 
-# --- python -m extraction.ledger ... -------------------------------------------------------------------------------
+# --- python -m extraction.victims.ledger ... -------------------------------------------------------------------------------
 
 _LEDGER = Annotated[str, tyro.conf.arg(metavar="LEDGER", help="The file, such as runs/NAME/ledger.sqlite.")]
 _OUT = Annotated[str, tyro.conf.arg(metavar="OUT", help="The file to write, ending in .npz or .parquet.")]
@@ -390,6 +390,6 @@ def merge(into: _INTO, other: _OTHER, /) -> int:
 
 
 if __name__ == "__main__":
-    about = dict(prog="python -m extraction.ledger", description="Look into ledgers of paid answers.")
+    about = dict(prog="python -m extraction.victims.ledger", description="Look into ledgers of paid answers.")
     commands = {"count": count, "list": show, "verify": verify, "export": export, "merge": merge}
     run_tool(lambda: tyro.extras.subcommand_cli_from_dict(commands, **about))

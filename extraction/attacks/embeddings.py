@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from extraction.biggan import BigGAN
+from extraction.attacks.losses import answers_to_targets
 from extraction.data.augment import view_key
 from extraction.data.images import NUM_DRAWS, Motion, draw_uniform, move_pictures
-from extraction.distill import answers_to_targets
-from extraction.ledger import Ledger
+from extraction.generators.biggan import BigGAN
+from extraction.victims.ledger import Ledger
 
 
 class Sampling(NamedTuple):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from extraction import distributed
 from extraction.data.clips import Clips, load_batches
 from extraction.errors import UserError
-from extraction.ledger import Ledger
+from extraction.victims.ledger import Ledger
 from extraction.weights import write_atomically
 
 
@@ -72,7 +72,9 @@ def predict_videos(
     labels = torch.full((clips.num_videos,), -1)
     for window in clips.refs:
         labels[window.video] = window.label
-    return Predictions(total / counts.clamp(min=1)[:, None], labels, list(dict(distributed.gather(list(broken.items()))).items()))
+    return Predictions(
+        total / counts.clamp(min=1)[:, None], labels, list(dict(distributed.gather(list(broken.items()))).items())
+    )
 
 
 def video_keys(clips: Clips) -> list[bytes]:

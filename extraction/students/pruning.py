@@ -58,7 +58,7 @@ def schedule_sparsities(fraction: float, target: float) -> list[float]:
 
 
 @torch.no_grad()
-def hold(net: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer) -> None:
+def keep_masked(net: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer) -> None:
     """Set the pruned weights of `net` to zero, now and after every step of `optimizer`."""
     weights = dict(net.named_parameters())
     masks = {name: mask.to(weights[name].device) for name, mask in masks.items()}

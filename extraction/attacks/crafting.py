@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from extraction.attacks.distill import AnsweredBatch
 from extraction.errors import UserError
-from extraction.report import draw_clips
-
-METHODS = ("random", "jbda", "t_rnd")
+from extraction.evaluation.plots import draw_clips
 
 
 def perturb_randomly(clips: Tensor, keys: Sequence[bytes], step: float) -> Tensor:
@@ -59,36 +58,33 @@ def _gradient(value: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
 
 def create_crafter(
     methods: Sequence[str], share: float, step: float, iterations: int, sheet: Path, classes: Sequence[str]
-) -> Callable[[nn.Module, Tensor, Tensor, Sequence[bytes]], tuple[Tensor, list[bytes]]]:
-    """What `distill` wants for `craft`: from each answered batch, crafts `share` of its clips, by `methods` in turn.
+) -> Callable[[nn.Module, AnsweredBatch], tuple[Tensor, list[bytes]]]:
+    """`craft(student, batch) -> clips, keys`: further queries from `share` of a batch's clips, by `methods` in turn.
 
-    Draws the first crafted clips beside their seeds into `sheet`.
+    The keys name the crafted clips, which are new in every step. The first of them are drawn beside their seeds into `sheet`.
     """
-    for method in methods:
-        if method not in METHODS:
-            raise UserError(f"no crafting method is called {method!r}; there are {', '.join(METHODS)}")
-    if not (methods and 0 < share <= 1 and 0 < step <= 1 and iterations >= 1):
-        raise UserError("crafting needs a method, a share above 0 up to 1, a step above 0 up to 1 and at least one iteration")
+    if not (methods and share > 0 and step > 0):
+        raise UserError("crafting needs a method, a share above 0 and a step above 0")
 
-    def craft(student: nn.Module, views: Tensor, targets: Tensor, keys: Sequence[bytes]) -> tuple[Tensor, list[bytes]]:
-        seeds = views[: max(1, round(share * len(views)))]
-        labels, training = targets[: len(seeds)].argmax(1), student.training
+    def craft(student: nn.Module, batch: AnsweredBatch) -> tuple[Tensor, list[bytes]]:
+        seeds = batch.clips[: max(1, round(share * len(batch.clips)))]
+        labels, training = batch.targets[: len(seeds)].argmax(1), student.training
         student.eval()  # the norms' statistics are not the crafted clips' to move
         crafted, crafted_keys = torch.empty_like(seeds), [b""] * len(seeds)
         for number, method in enumerate(methods):
             own = list(range(number, len(seeds), len(methods)))
             if not own:
                 continue
-            chosen, named, names = seeds[own], labels[own], [b"%s|%s" % (keys[i], method.encode()) for i in own]
+            keys = [b"%s|%d|%s" % (batch.keys[i], batch.number, method.encode()) for i in own]
             if method == "random":
-                crafted[own] = perturb_randomly(chosen, names, step)
+                crafted[own] = perturb_randomly(seeds[own], keys, step)
             elif method == "jbda":
-                crafted[own] = augment_by_jacobian(student, chosen, named, step)
+                crafted[own] = augment_by_jacobian(student, seeds[own], labels[own], step)
             else:
-                wanted = draw_targets(named, len(classes), names)
-                crafted[own] = approach_targets(student, chosen, wanted, step, iterations)
-            for i, name in zip(own, names, strict=True):
-                crafted_keys[i] = hashlib.blake2b(name, digest_size=16).digest()
+                wanted = draw_targets(labels[own], len(classes), keys)
+                crafted[own] = approach_targets(student, seeds[own], wanted, step, iterations)
+            for i, key in zip(own, keys, strict=True):
+                crafted_keys[i] = hashlib.blake2b(key, digest_size=16).digest()
         student.train(training)
         if not sheet.exists():
             pairs = torch.stack([seeds[:6], crafted[:6]], dim=1).flatten(0, 1)

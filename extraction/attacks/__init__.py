@@ -1,0 +1,1 @@
+"""Attacks: ways to make a student out of a victim's answers to given or generated clips."""

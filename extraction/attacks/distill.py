@@ -1,0 +1,309 @@
+"""Training a student on a victim's answers: the batches, and all that happens between two of them.
+
+    training = Training(run, student, optimizer, schedule, evaluator, victim, QuerySet(clips, ...), 10, 16)
+    for batch in training:
+        loss = kl_divergence(training.forward(batch.clips), batch.targets)
+        training.step(loss)
+    return training.finish()
+
+The script says what the loss is. `Training` draws order and views from the seed, queries the victim within its budget, scores
+the student after each epoch, logs, saves, and resumes.
+"""
+
+import contextlib
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from tqdm import tqdm
+
+from extraction import distributed
+from extraction.attacks.losses import answers_to_targets
+from extraction.data.clips import Batch, load_batches
+from extraction.data.queries import QuerySet
+from extraction.errors import UserError
+from extraction.evaluation.plots import draw_queries
+from extraction.evaluation.results import finish
+from extraction.evaluation.scoring import Evaluator
+from extraction.network import VideoModel
+from extraction.runs import Run
+from extraction.victims.ledger import Ledger
+
+
+class AnsweredBatch(NamedTuple):
+    """A process's share of a batch, with the victim's answers."""
+
+    number: int  # of the batch, from the start of training
+    keys: list[bytes]
+    clips: Tensor  # float (B, C, T, H, W) in [0, 1]
+    labels: Tensor  # int64 (B,), true labels; -1 without one
+    targets: Tensor  # float (B, num_classes), the victim's probabilities; empty without a victim
+    counts: list[int]  # clips in each process
+    exhausted: bool  # the query budget left some out
+
+
+class Training:
+    """The batches of a training run, each a step of the student; see this module's docstring.
+
+    `schedule` steps each batch; a plateau schedule is given the mean loss of the last 100 batches. `victim=None` trains on
+    true labels alone. `prefetch_answers` asks about the next batch while the student learns from this one. `clips.png` in the
+    run's folder shows the first batch as the victim saw it. `history` has a dict per evaluation, `stopped` what ended the
+    run: "epochs", or the line of an exhausted budget.
+
+    Resumes from the run's checkpoint, bitwise reproducible on a CPU. Of several processes (`extraction.distributed`) each takes
+    its share of every batch. Raises UserError when the loss is not finite, KeyboardInterrupt after Ctrl-C, the state being
+    saved.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        student: VideoModel,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+        evaluator: Evaluator | None,
+        victim: Ledger | None,
+        queries: QuerySet,
+        epochs: int,
+        batch_size: int,
+        num_workers: int = 0,
+        *,
+        max_grad_norm: float | None = None,
+        prefetch_answers: bool = True,
+    ):
+        self.run, self.student, self.optimizer, self.schedule = run, student, optimizer, schedule
+        self.evaluator, self.victim, self.queries = evaluator, victim, queries
+        self.epochs, self.num_workers, self.max_grad_norm = epochs, num_workers, max_grad_norm
+        # Not where what processes say to each other would depend on it.
+        self.prefetch_answers = prefetch_answers and distributed.num_processes() == 1
+        self.order = _Order(len(queries), batch_size, epochs, queries.seed)
+        self.device = next(student.parameters()).device
+        self.history: list[dict] = []
+        self.stopped = "epochs"
+        self.broken: list[tuple[Path, str]] = list(queries.clips.broken)
+        self._losses: deque[float] = deque(maxlen=100)
+        self._unread: list[Tensor] = []
+        self._forward = distributed.parallel(student)
+
+    # --- what a script calls ---
+
+    def __iter__(self) -> Iterator[AnsweredBatch]:
+        first = self._resume()
+        if first == self.order.num_batches:
+            return
+        refs, total = self.queries.clips.refs, self.epochs * len(self.queries)
+        done = min(first * self.order.batch_size, total)
+        self._bar = tqdm(total=total, initial=done, desc=self.run.experiment, unit="clip", dynamic_ncols=True)
+        shares = map(distributed.shard, self.order.batches_from(first))
+        loader = load_batches(self.queries.clips, shares, self.num_workers, pin_memory=self.device.type == "cuda")
+        batches = prefetch(loader, first, self.order.per_epoch, self._query, self.prefetch_answers)
+        self.student.train()
+        with self.run.interruptible(), self._bar, contextlib.closing(batches):
+            for loaded, batch in batches:
+                self.broken.extend((refs[i].path, reason) for i, reason in loaded.broken)
+                if batch.number == 0 and batch.keys and self.victim is not None:
+                    sources = [refs[i].path.parent.name for i in loaded.indices]
+                    draw_queries(self.run.folder / "clips.png", batch.clips, batch.targets, sources, self.victim.classes)
+                if batch.exhausted:
+                    self._save(batch.number)  # from here a larger budget goes on
+                self._batch = batch
+                if min(batch.counts):  # a process without a clip (a last batch can be so small) can't take part in a step
+                    yield batch
+                self._bar.update(sum(self._batch.counts))
+                self._end_step()
+                if self._batch.exhausted:
+                    break
+        self.broken = list(dict.fromkeys(distributed.gather(self.broken)))
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """The student's logits (B, num_classes), to be followed by `step`.
+
+        What is drawn in a step, such as dropout, is seeded by its number, so that no state of it need be kept.
+        """
+        number = self.queries.seed * 1_000_003 + self._batch.number
+        torch.manual_seed(number * distributed.num_processes() + distributed.rank())
+        return self._forward(clips)
+
+    def step(self, loss: Tensor) -> None:
+        """Step the optimiser and the schedule on the mean loss of this process's clips."""
+        loss = loss * (len(self._batch.clips) / sum(self._batch.counts))
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss * distributed.num_processes()).backward()  # gradients are averaged over the processes
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        if not isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step()
+        self._unread.append(loss.detach())
+
+    def query_more(self, batch: AnsweredBatch, clips: Tensor, keys: Sequence[bytes]) -> AnsweredBatch:
+        """`batch` with further (B, C, T, H, W) clips named by `keys`, one query each, as many as the budget allows."""
+        assert self.victim is not None
+        count = self.victim.count_affordable(keys)
+        wanted, counts = zip(*distributed.gather([(len(keys), count)]), strict=True)
+        exhausted = sum(counts) < sum(wanted)
+        if sum(counts):
+            batch = batch._replace(
+                clips=torch.cat([batch.clips, clips[:count]]),
+                labels=torch.cat([batch.labels, batch.labels.new_full((count,), -1)]),
+                targets=torch.cat([batch.targets, self._ask(clips[:count], keys[:count])]),
+                counts=[a + b for a, b in zip(batch.counts, counts, strict=True)],
+            )
+        if exhausted:
+            self._save(batch.number)
+        self._batch = batch._replace(exhausted=exhausted)
+        return self._batch
+
+    def finish(self, *, stopped: str | None = None, broken: Sequence[tuple[Path, str]] = (), **more: Any) -> dict:
+        """Save the student, write and print the results (`extraction.evaluation.results.finish`); `more` goes into them."""
+        assert self.evaluator is not None
+        return finish(
+            self.run, self.student, self.victim, self.evaluator, self.history, stopped or self.stopped,
+            [*broken, *self.broken], **more,
+        )  # fmt: skip
+
+    # --- what happens between two batches ---
+
+    def _query(self, loaded: Batch, number: int) -> AnsweredBatch:
+        """The views of a batch, as many as the budget allows, with the victim's answers."""
+        keys = self.queries.keys(loaded.indices, number // self.order.per_epoch)
+        affordable = len(keys) if self.victim is None else self.victim.count_affordable(keys)
+        wanted, counts = zip(*distributed.gather([(len(keys), affordable)]), strict=True)
+        keys, clips = keys[:affordable], loaded.clips[:affordable].to(self.device, non_blocking=True)
+        clips = self.queries.views(clips, keys)
+        targets = self._ask(clips, keys) if self.victim is not None and sum(counts) else torch.empty(0)
+        labels = torch.tensor([self.queries.clips.refs[i].label for i in loaded.indices[:affordable]], dtype=torch.int64)
+        labels = labels.to(self.device, non_blocking=True)
+        return AnsweredBatch(number, keys, clips, labels, targets, list(counts), sum(counts) < sum(wanted))
+
+    def _ask(self, clips: Tensor, keys: Sequence[bytes]) -> Tensor:
+        assert self.victim is not None
+        return answers_to_targets(self.victim.query(clips, keys), self.victim.answers, self.victim.num_classes)
+
+    def _end_step(self) -> None:
+        """Read losses, score, log, save."""
+        number, exhausted = self._batch.number, self._batch.exhausted
+        epoch, end_of_epoch = number // self.order.per_epoch, (number + 1) % self.order.per_epoch == 0
+        if exhausted and self.victim is not None:
+            self.stopped = (
+                f"query budget exhausted: {self.victim.num_queries} of {self.victim.query_budget} queries spent "
+                f"in epoch {epoch + 1} of {self.epochs}; raise --query-budget and run again to go on"
+            )
+        pause = self.run.checkpoint_due() or end_of_epoch or exhausted
+        # On a GPU the loss is read only now and then, so that the device never waits for the host.
+        if len(self._unread) >= (1 if self.device.type == "cpu" else 10) or (pause and self._unread):
+            self._read_losses(epoch, number)
+        if end_of_epoch or exhausted:
+            point = dict(epoch=epoch + 1, num_queries=self._num_queries(), loss=self._mean_loss())
+            if self.evaluator is not None:
+                point |= self.evaluator.score(self.student.eval())
+                self.student.train()
+            self.history.append(point)
+            scores = {name: value for name, value in point.items() if name not in ("epoch", "num_queries")}
+            self.run.log(point["num_queries"], scores)
+            self._bar.write(_describe_point(point, self.epochs))
+        if exhausted:
+            return
+        if pause:
+            self._save(number + 1)
+        if self.run.stop_asked:
+            raise KeyboardInterrupt(f"saved in {self.run.folder}; run the same command again to continue")
+
+    def _read_losses(self, epoch: int, number: int) -> None:
+        for value in distributed.all_reduce_sum(torch.stack(self._unread)).tolist():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the loss became {value} in epoch {epoch + 1}, batch {number % self.order.per_epoch + 1} or up to "
+                    f"{len(self._unread) - 1} before it; the state before is in {self.run.folder}; lower the learning rates"
+                )
+            self._losses.append(value)
+            if isinstance(self.schedule, ReduceLROnPlateau):
+                self.schedule.step(self._mean_loss())
+        self._unread.clear()
+        spent = {} if self.victim is None else {"queries": _describe_queries(self.victim)}
+        self._bar.set_postfix(loss=f"{self._mean_loss():.3f}", **spent, refresh=False)
+
+    def _mean_loss(self) -> float:
+        return sum(self._losses) / len(self._losses) if self._losses else math.nan
+
+    def _num_queries(self) -> int:
+        return 0 if self.victim is None else self.victim.num_queries
+
+    def _resume(self) -> int:
+        """Load the run's checkpoint, if there is one. Returns the number of the first batch to train on."""
+        self.run.begin()
+        state = self.run.load_state()
+        if state is None:
+            if self.victim is not None:
+                most = self.queries.count_queries(self.epochs)
+                print(f"{len(self.queries)} clips, {self.epochs} epochs: at most {most} queries", flush=True)
+            return 0
+        self.student.net.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self._losses.extend(state["recent"])
+        self.history = state["history"]
+        print(f"resuming {self.run.folder} at batch {state['batch']} of {self.order.num_batches}", flush=True)
+        return state["batch"]
+
+    def _save(self, batch: int) -> None:
+        parts = dict(student=self.student.net, optimizer=self.optimizer, schedule=self.schedule)
+        state = {name: part.state_dict() for name, part in parts.items()}
+        self.run.save_state(state | dict(recent=list(self._losses), history=self.history, batch=batch))
+
+
+class _Order:
+    """Which clips each batch of each epoch holds: deterministic in the seed."""
+
+    def __init__(self, num_clips: int, batch_size: int, epochs: int, seed: int):
+        self.num_clips, self.batch_size, self.seed = num_clips, batch_size, seed
+        self.per_epoch = math.ceil(num_clips / batch_size)
+        self.num_batches = self.per_epoch * epochs
+
+    def batches_from(self, first: int) -> Iterator[list[int]]:
+        for epoch in range(first // self.per_epoch, self.num_batches // self.per_epoch):
+            shuffle = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(self.num_clips, generator=shuffle).tolist()
+            begin = first - epoch * self.per_epoch if epoch == first // self.per_epoch else 0
+            for i in range(begin, self.per_epoch):
+                yield order[i * self.batch_size : (i + 1) * self.batch_size]
+
+
+def prefetch(
+    loader: Iterable[Batch], first: int, per_epoch: int, query: Callable[[Batch, int], AnsweredBatch], ahead: bool
+) -> Iterator[tuple[Batch, AnsweredBatch]]:
+    """The batches of `loader`, numbered from `first` on, each with what `query(batch, number)` makes of it.
+
+    With `ahead` a thread asks about a batch while the one before it is in use, but not beyond an epoch of `per_epoch` batches,
+    whose number of queries is written down at its end.
+    """
+    source, upcoming = enumerate(loader, first), None
+
+    def fetch() -> tuple[Batch, AnsweredBatch] | None:
+        number, batch = next(source, (0, None))
+        return None if batch is None else (batch, query(batch, number))
+
+    with ThreadPoolExecutor(1) as thread:
+        while (item := upcoming.result() if upcoming else fetch()) is not None:
+            goes_on = ahead and (item[1].number + 1) % per_epoch and not item[1].exhausted
+            upcoming = thread.submit(fetch) if goes_on else None
+            yield item
+
+
+def _describe_queries(victim: Ledger) -> str:
+    return f"{victim.num_queries}" + (f"/{victim.query_budget}" if victim.query_budget is not None else "")
+
+
+def _describe_point(point: dict, epochs: int) -> str:
+    shown = [
+        f"{name.replace('_at_', '@')} {100 * point[name]:.1f}" for name in ("top1", "top5", "agreement_at_1") if name in point
+    ]
+    scores = f"{', '.join(shown)} %, " if shown else ""
+    loss = "untrained" if math.isnan(point["loss"]) else f"loss {point['loss']:.3f}"
+    return f"epoch {point['epoch']}/{epochs}: {loss}, {scores}{point['num_queries']} queries"

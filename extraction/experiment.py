@@ -1,0 +1,165 @@
+"""What a script does around its experiment: options, run folder, seed; the victim and the evaluator; the command line."""
+
+import functools
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from extraction import distributed
+from extraction.compute import Compute, choose_compute
+from extraction.data.clips import Clips
+from extraction.data.demo import ATTACK_SPLITS, write_demo_set
+from extraction.data.folders import find_aux_folders, find_videos, require_folder
+from extraction.data.images import write_demo_images
+from extraction.errors import BudgetExhausted, UserError
+from extraction.evaluation.results import print_results
+from extraction.evaluation.scoring import Evaluator
+from extraction.options import Options, ScoredVictimOptions, VictimOptions, check_options, parse_options
+from extraction.runs import Run
+from extraction.students import require_student
+from extraction.victims.ledger import Ledger
+from extraction.victims.query_interface import Victim, VictimModel
+from extraction.victims.zoo import load_model
+
+PROJECT = Path(__file__).parents[1]
+
+
+def experiment(main: Callable[[Any, Run], dict]) -> Callable[[Any], dict]:
+    """Make `main(config, run)` an experiment: `main(config) -> results`.
+
+    Bad options and missing files end it before any work, with UserError. The demo set is drawn if --demo wants it. A run that
+    is finished prints its results again. PyTorch's seed is set.
+    """
+
+    @functools.wraps(main)
+    def run_experiment(config: Any) -> dict:
+        script = Path(inspect.getfile(main)).stem
+        check_options(config)
+        if config.demo:
+            _write_demo_data(config)
+        _require_inputs(config)
+        run = Run(script, config.out_dir or f"runs/{script}{'_demo' * config.demo}", config, config.checkpoint_seconds)
+        if run.finished:
+            return repeat_results(run.finished)
+        torch.manual_seed(config.seed)
+        return main(config, run)
+
+    return run_experiment
+
+
+def _write_demo_data(config: Any) -> None:
+    with_videos = hasattr(config, "in_domain") or hasattr(config, "aux")
+    write_demo_set("datasets/demo", ATTACK_SPLITS if with_videos else {"val": ATTACK_SPLITS["val"]})
+    if hasattr(config, "images"):
+        write_demo_images("datasets/demo/images")
+
+
+def _require_inputs(config: Any) -> None:
+    """Raise UserError for a student that is none, and for files and folders that are missing."""
+    require_student(config.student)
+    if config.student_weights is not None and not Path(config.student_weights).is_file():
+        raise UserError(f"student weights {config.student_weights} not found: {_say_whence(config)}")
+    if getattr(config, "in_domain", None) is not None:
+        require_folder(config.in_domain, "videos of the victim's task, in class folders,")
+    find_aux_folders(getattr(config, "aux", ()), config.demo)
+    if hasattr(config, "images"):
+        require_folder(config.images, "a tree of unrelated images")
+    require_folder(config.val, "held-out labelled videos of the victim's task, in class folders,")
+
+
+def _say_whence(config: Any) -> str:
+    """Where a missing weight file comes from: the script that makes it, for a stage of several; else the user."""
+    stage = re.fullmatch(r"(\w+?)(_demo)?", Path(config.student_weights).parent.name)
+    maker = next(PROJECT.glob(f"*_box/{stage[1]}.py"), None) if stage else None
+    if maker is not None and stage is not None:
+        command = f"python {maker.relative_to(PROJECT)}{' --demo' if stage[2] else ''}"
+        return f"this stage goes on from what `{command}` saves; run that first" + ("" if config.demo else ", or try --demo")
+    return "put them there, pass --student-weights None to start from scratch, or try --demo"
+
+
+def repeat_results(results: dict) -> dict:
+    """Print the table of a run that has ended. Raises BudgetExhausted, as it did then, when the query budget ended it."""
+    print_results(results)
+    if results["stopped"] not in ("epochs", "iterations"):
+        raise BudgetExhausted(results["stopped"])
+    return results
+
+
+class Attack(NamedTuple):
+    """What an attack starts from."""
+
+    compute: Compute
+    victim: Ledger
+    evaluator: Evaluator
+
+
+def open_attack(config: Any, run: Run, *, exact: bool = False) -> Attack:
+    """The device and precision, the metered victim, and what scores students on held-out videos.
+
+    `config` has `Options` and `VictimOptions` (with `ScoredVictimOptions` alone the victim answers nothing). A student is
+    scored on the middle clip of each video. `exact` keeps all digits of the answers, for attacks that take differences of
+    them. Raises UserError, before the first query, for missing weights and for a victim near chance (`check_victim`).
+    """
+    assert isinstance(config, Options)
+    assert isinstance(config, ScoredVictimOptions)
+    compute = choose_compute(config.device, config.precision, config.compile)
+
+    @functools.cache
+    def load() -> VictimModel:  # once, for the query interface and for the evaluator's own answers
+        return compute.prepare(load_model(config.victim, config.victim_weights))
+
+    if isinstance(config, VictimOptions):
+        answers, budget, decimals = config.answers, config.query_budget, config.decimals
+    else:
+        answers, budget, decimals = "label", 0, None
+
+    def open_interface(num_queries: int) -> Victim:
+        return Victim(load(), answers, budget, decimals, num_queries)
+
+    victim = Ledger(run.folder / "ledger.sqlite", open_interface, answers, decimals, exact)
+    val = Clips(find_videos(config.val, victim.classes, "val", config.val_list), views=(1, 1), **config.shape)
+    evaluator = Evaluator(
+        val, victim.classes, compute.device, config.batch_size, config.num_workers, victim, load, config.min_victim_top1
+    )
+    torch.manual_seed(config.seed)  # building a victim draws random numbers
+    return Attack(compute, victim, evaluator)
+
+
+def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None = None) -> None:
+    """The command line of a script: `config_class` turned into flags, its defaults those of `demo` under --demo.
+
+    UserError becomes its one line and exit status 1, Ctrl-C exit status 130.
+    """
+    default = config_class(**demo) if demo and "--demo" in sys.argv[1:] else config_class()
+    doc = (sys.modules[main.__module__].__doc__ or "").strip()
+    try:
+        config = parse_options(config_class, default, doc)
+        if "OMP_NUM_THREADS" not in os.environ:  # threads beside the loader's workers, not against them: that halves the rate
+            threads = torch.get_num_threads()
+            torch.set_num_threads(max(1, threads - min(getattr(config, "num_workers", 0), threads // 2)))
+        distributed.start(getattr(config, "device", "auto"))
+        main(config)
+        distributed.end()
+    except UserError as error:
+        if distributed.should_print(str(error)):
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        distributed.exit_process(1)
+    except distributed.Ended:
+        distributed.exit_process(1)
+    except RuntimeError as error:
+        lost = distributed.describe_lost_process(error)
+        if lost is None:
+            raise
+        if distributed.should_print("lost"):
+            print(f"{Path(sys.argv[0]).name}: {lost}", file=sys.stderr)
+        distributed.exit_process(1)
+    except KeyboardInterrupt as error:
+        if distributed.should_print(str(error)):
+            print(str(error) or "interrupted", file=sys.stderr)
+        distributed.exit_process(130)

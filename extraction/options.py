@@ -1,0 +1,282 @@
+"""The options that scripts share: a name, a default, a range and a line of help each, written once.
+
+A script's `Config` inherits them, restates those that its experiment sets, and adds its own, so that its first lines are the
+constants of the experiment. Only fields are inherited: nothing here runs an experiment.
+"""
+
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+import textwrap
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+from extraction.data.images import Layer
+from extraction.errors import UserError
+
+
+class Range(NamedTuple):
+    """The values that a number may take, both ends included."""
+
+    least: float
+    most: float = float("inf")
+
+
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+Rate = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+EDITED = "edited in the script, not on the command line"
+Layers = Annotated[tuple[Layer, ...], EDITED]
+# What some options were called before.
+_OLD_FLAGS = {
+    "--own": "--in-domain",
+    "--own-list": "--in-domain-list",
+    "--unrelated": "--aux",
+    "--step": "--clip-interval",
+    "--smoothing": "--epsilon",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """How networks are run."""
+
+    batch_size: Count = 16
+    """Clips in a batch, of all processes together."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto is a GPU if there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 on a GPU, else fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto compiles on a GPU in a long run."""
+    num_workers: Natural = 8
+    """Data loader workers, one per core at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ComputeOptions):
+    """Every experiment: a student, the held-out videos that score it, and the run."""
+
+    student: str
+    """The student's network: an unknown name lists them."""
+    student_weights: str | None = None
+    """Weight file that the student starts from, all but its head; None: from scratch."""
+    val: str
+    """Held-out labelled videos that score the student, in class folders."""
+    val_list: str | None = None
+    """Use only the videos of --val that this list names."""
+    num_frames: Count
+    """Frames of a clip."""
+    stride: Count = 1
+    """Temporal stride: a clip takes every n-th frame of a video."""
+    size: Count
+    """Height and width of a clip, in pixels."""
+    seed: int = 0
+    """Random seed: data order, augmentation and initial weights follow from it."""
+    checkpoint_seconds: float = 300.0
+    """Seconds between checkpoints."""
+    out_dir: str | None = None
+    """The run's folder; by default runs/<script>, with --demo runs/<script>_demo."""
+    demo: bool = False
+    """Run on the built-in demo set and victims: minutes on two CPU cores, no download."""
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What `Clips` takes: frames, temporal stride and size of a clip."""
+        return dict(num_frames=self.num_frames, stride=self.stride, size=self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredVictimOptions:
+    """The victim that the student is compared with."""
+
+    victim: str
+    """The model under attack: an unknown name lists them; torchvision:NAME, mmaction2:CONFIG and pytorchvideo:NAME work too."""
+    victim_weights: str | None = None
+    """The victim's weight file; by default its usual place under weights/."""
+    min_victim_top1: float | None = None
+    """Stop before the first query unless the victim's top-1 on --val is at least this fraction; default 3 x chance, 0: off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VictimOptions(ScoredVictimOptions):
+    """The victim, and what it answers to queries."""
+
+    answers: Literal["logits", "probs", "top5", "label"] = "probs"
+    """What the victim returns for a clip."""
+    decimals: Annotated[int, Range(0, 9)] | None = None
+    """Round the victim's numbers to this many decimals."""
+    query_budget: Natural | None = None
+    """Answer at most this many clips; the student is saved and scored where the budget ends it (exit status 1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOptions:
+    """In-domain videos, how they are cut and augmented, and how a student is trained on them."""
+
+    in_domain: str | None
+    """Videos of the victim's task, in class folders."""
+    in_domain_list: str | None = None
+    """Use only the videos of --in-domain that this list names."""
+    clip_interval: Count
+    """Frames from the start of a clip to the start of the next."""
+    hflip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    brightness: Fraction = 0.1
+    """Brightness jitter: a factor drawn from 1 - b to 1 + b."""
+    rotation: Rate = 15.0
+    """Random rotation, in degrees, either way at most."""
+    epochs: Count
+    """Passes over all clips; each shows every clip in a new augmented view."""
+    head_lr: Rate
+    """Learning rate of the student's classification head (AdamW)."""
+    body_lr: Rate
+    """Learning rate of the layers below the head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryOptions:
+    """What is sent beside the in-domain videos, and how often."""
+
+    aux: tuple[str, ...] = ()
+    """Unrelated videos: ucf101, hmdb51, moments_in_time, or any folders."""
+    views_per_clip: Count | None = None
+    """Cycle through this many views of a clip instead of a new one each epoch, which bounds the queries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFreeOptions:
+    """An attack without data: a generator makes the clips."""
+
+    iterations: Count
+    """Iterations of the attack."""
+    student_steps: Count
+    """Student steps on fresh clips in an iteration."""
+    replay_steps: Natural | None
+    """Student steps on replayed clips in an iteration; they cost no query."""
+    replay_clips: Count = 8192
+    """Answered clips kept for replay, 3 * T * H * W bytes each."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """adam, or sgd with momentum 0.9 (as in both papers on small images)."""
+    student_lr: Rate
+    """Initial learning rate of the student."""
+    weight_decay: Rate = 5e-4
+    """Weight decay of all optimisers."""
+    score_every: Count = 100_000
+    """Queries between two scores of the student."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorOptions:
+    """A generator that learns from answers alone, its gradient estimated by finite differences."""
+
+    generator: Literal["dvdgan", "deconv", "layered", "dvdgan_small", "deconv_small"] = "dvdgan"
+    """DVD-GAN-style, 3D deconvolution, or a patch before a background."""
+    num_directions: Count | None
+    """Random directions per gradient estimate (m)."""
+    epsilon: Annotated[float, Range(1e-6)] = 1e-3
+    """Finite-difference step, before the sigmoid. 1e-3 as published for small images; for whole clips 0.1 loses less to
+    float32: against demo_swin estimates correlate 0.92 with the true differences at 1e-3, 1.00 at 0.1."""
+    generator_lr: Rate
+    """Initial learning rate of the generator."""
+
+
+# What the demos have in common; and those that read videos.
+DEMO: dict[str, Any] = dict(
+    demo=True,
+    student_weights=None,
+    val="datasets/demo/val",
+    num_frames=16,
+    stride=1,
+    size=48,
+    num_workers=1,
+    checkpoint_seconds=10.0,
+)
+VIDEO_DEMO = DEMO | dict(in_domain="datasets/demo/train_5per", clip_interval=16, hflip=0.0, rotation=3.0)
+
+
+def check_options(config: Any) -> None:
+    """Raise UserError for the first option of a dataclass that is out of its range, and for a list that is missing."""
+    for name, hint in find_annotations(type(config)).items():
+        value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
+        for bound in _find_ranges(hint):
+            if value is not None and not bound.least <= value <= bound.most:  # NaN is in no range
+                limit = f"at least {bound.least}" if not value >= bound.least else f"at most {bound.most}"
+                raise UserError(f"{flag} {value}: it must be {limit}")
+        choices = next((typing.get_args(part) for part in (hint, *typing.get_args(hint)) if _is_choice(part)), None)
+        wrong = [v for v in (value if isinstance(value, tuple) else (value,)) if choices and v is not None and v not in choices]
+        if wrong and choices:  # on the command line, tyro says so first
+            raise UserError(f"{flag} {wrong[0]}: it must be one of {', '.join(map(str, choices))}")
+        # HMDB51's folder of lists has a number after it, as in splits:2.
+        if name.endswith("_list") and value is not None and not Path(re.sub(r":\d+$", "", value)).exists():
+            raise UserError(f"list {value} not found: {flag} names the videos to use")
+
+
+def find_annotations(config_class: type) -> dict[str, Any]:
+    """The annotation of each option: that of the class which introduces it, whose range and aliases hold below it too."""
+    hints: dict[str, Any] = {}
+    for owner in reversed(config_class.__mro__):
+        own = typing.get_type_hints(owner, include_extras=True) if dataclasses.is_dataclass(owner) else {}
+        for name in inspect.get_annotations(owner):
+            hints.setdefault(name, own[name])
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
+
+
+def _find_ranges(hint: Any) -> list[Range]:
+    own = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
+    return own + [bound for part in typing.get_args(hint) for bound in _find_ranges(part)]
+
+
+def _is_choice(hint: Any) -> bool:
+    return typing.get_origin(hint) is Literal
+
+
+def find_help(config_class: type) -> dict[str, str]:
+    """The line under each option, in the class or in the one it inherits from."""
+    lines: dict[str, str] = {}
+    for owner in reversed([base for base in config_class.__mro__ if dataclasses.is_dataclass(base)]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, below in zip(definition.body, definition.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+                lines[field.target.id] = inspect.cleandoc(ast.literal_eval(below.value))
+    return lines
+
+
+def parse_options(config_class: type, default: Any, description: str, args: Sequence[str] | None = None) -> Any:
+    """Read the command line into a `config_class`. `--help` shows the script's own constants first, then those it inherits."""
+    hints, lines, groups, seen = find_annotations(config_class), find_help(config_class), {}, set()
+    edited = {name for name, hint in hints.items() if EDITED in getattr(hint, "__metadata__", ())}
+    for owner in config_class.__mro__:
+        names = [name for name in inspect.get_annotations(owner) if name in hints and name not in seen | edited]
+        seen.update(names)
+        fields = [
+            (name, Annotated[hints[name], tyro.conf.arg(help=lines.get(name, ""))], getattr(default, name)) for name in names
+        ]
+        if fields:
+            title = "experiment" if owner is config_class else _name_group(owner)
+            group = dataclasses.make_dataclass(title, fields, frozen=True, kw_only=True)
+            group.__doc__ = "The constants of this script." if owner is config_class else owner.__doc__
+            groups[title] = group
+    fields = [(name, group, dataclasses.field(default_factory=group)) for name, group in groups.items()]
+    view = dataclasses.make_dataclass("View", fields, frozen=True)
+    args = [re.sub(r"^--[\w-]+", _translate, arg) for arg in (sys.argv[1:] if args is None else args)]
+    parsed = tyro.cli(view, description=description, args=args, config=(tyro.conf.OmitArgPrefixes,))
+    values = {name: value for group in groups for name, value in vars(getattr(parsed, group)).items()}
+    return config_class(**values, **{name: getattr(default, name) for name in edited})
+
+
+def _name_group(owner: type) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", owner.__name__.removesuffix("Options")).lower() or "run"
+
+
+def _translate(flag: re.Match[str]) -> str:
+    return _OLD_FLAGS.get(flag[0], flag[0])
