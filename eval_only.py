@@ -15,12 +15,13 @@ import tyro
 
 from extraction import options
 from extraction.compute import choose_compute
-from extraction.data.clips import Clips, report_broken
+from extraction.data.clips import Clips, ClipShape, report_broken
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, read_classes, require_folder
 from extraction.errors import UserError
 from extraction.evaluation.results import percent
 from extraction.evaluation.scoring import parse_views, predict_videos, score, write_class_table
+from extraction.evaluation.suite import write_unseen_set
 from extraction.experiment import run_script
 from extraction.students import load_student
 from extraction.victims.classes import KNOWN_CLASSES
@@ -68,8 +69,7 @@ def main(config: Config) -> dict:
     if config.unseen and not config.demo:
         raise UserError("--unseen: it goes with --demo")
     if config.unseen:
-        config = replace(config, data="datasets/demo_unseen")
-        write_demo_set(config.data, {"val": 100}, seed=1)
+        config = replace(config, data=str(write_unseen_set()))
     elif config.demo:
         write_demo_set("datasets/demo", {"val": 20})
     root = require_folder(config.data, "labelled videos, in class folders,")
@@ -84,10 +84,11 @@ def main(config: Config) -> dict:
         )
     if len(classes) != student.num_classes:
         raise UserError(f"{config.weights}: its head has {student.num_classes} classes, the class list {len(classes)}")
-    shape = {
-        name: getattr(config, name) or about.get(name) or usual
-        for name, usual in (("num_frames", 32), ("stride", 1), ("size", 224))
-    }
+    shape = ClipShape(
+        num_frames=config.num_frames or about.get("num_frames") or 32,
+        stride=config.stride or about.get("stride") or 1,
+        size=config.size or about.get("size") or 224,
+    )
     clips = Clips(find_videos(root, classes, "val", config.data_list), views=views, **shape)
     predictions = predict_videos(compute.prepare(student), clips, compute.device, config.batch_size, config.num_workers)
     results = score(predictions.probs, predictions.labels)

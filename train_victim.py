@@ -17,7 +17,7 @@ from extraction.attacks.distill import Training
 from extraction.attacks.losses import cross_entropy
 from extraction.compute import choose_device
 from extraction.data.augment import Augmentation
-from extraction.data.clips import Clips
+from extraction.data.clips import Clips, ClipShape
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, list_classes, require_folder
 from extraction.data.queries import QuerySet
@@ -95,7 +95,7 @@ def main(config: Config) -> dict:
     torch.manual_seed(config.seed)
     classes = list_classes(root, "train")
     model = create_network(config.architecture, len(classes), config.num_frames, config.size).to(device)
-    shape = dict(num_frames=config.num_frames, stride=config.stride, size=config.size)
+    shape = ClipShape(num_frames=config.num_frames, stride=config.stride, size=config.size)
     clips = Clips(find_videos(root, classes, "train", config.data_list), clip_interval=config.clip_interval, **shape)
     queries = QuerySet(clips, Augmentation(config.hflip, config.brightness, config.rotation), seed=config.seed)
     val = Clips(find_videos(val_root, classes, "val", config.val_list), views=(1, 1), **shape)

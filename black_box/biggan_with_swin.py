@@ -24,18 +24,16 @@ from extraction import distributed, options
 from extraction.attacks.distill import Training
 from extraction.attacks.embeddings import Codes, Sampling, code_size, find_codes, sample_clips
 from extraction.attacks.losses import kl_divergence
-from extraction.data.images import DEMO_LAYERS, Layer, Motion
+from extraction.data.images import DEMO_LAYERS, Motion
 from extraction.data.queries import QuerySet
-from extraction.errors import BudgetExhausted
 from extraction.experiment import experiment, open_attack, run_script
-from extraction.generators.biggan import WEIGHTS, create_demo_biggan, load_biggan
+from extraction.generators.biggan import WEIGHTS, open_biggan
 from extraction.runs import Run
 from extraction.students import create_student
-from extraction.weights import fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(options.Options, options.VictimOptions):
+class Config(options.Options, options.ImageOptions, options.VictimOptions):
     victim: str = "swin_b_k400"
     student: str = "vit_tiny"
     val: str = "datasets/kinetics400_val"
@@ -45,8 +43,6 @@ class Config(options.Options, options.VictimOptions):
     """BigGAN-deep of 128 pixels; None is the demo's small untrained one."""
     truncation: options.Rate = 0.8
     """Truncation of the generator's noise."""
-    layers: options.Layers = (Layer(),)
-    """How each picture of a clip moves, from the bottom to the top."""
     num_random: options.Count = 20_000
     """Random embeddings that are asked about before the search."""
     population: options.Count = 32
@@ -63,12 +59,9 @@ class Config(options.Options, options.VictimOptions):
     """Standard deviation around a found embedding from which clips are drawn."""
     clips_per_class: options.Count = 200
     """Clips of each class that the student learns from."""
-    epochs: options.Count = 10
-    """Passes over all clips."""
+    epochs: int = 10
     views_per_clip: options.Count | None = None
     """Cycle through this many samples of a clip instead of a new one each epoch, which bounds the queries."""
-    lr: options.Rate = 1e-3
-    """Learning rate of the student (Adam, cosine)."""
     num_workers: int = 0
 
 
@@ -94,11 +87,7 @@ DEMO = options.DEMO | dict(
 @experiment
 def main(config: Config, run: Run) -> dict:
     distributed.require_one_process("the search")
-    if config.generator_weights is None:
-        generator, mark = create_demo_biggan(), "demo"
-    else:
-        generator = load_biggan(config.generator_weights, truncation=config.truncation)
-        mark = f"{fingerprint(config.generator_weights)}@{config.truncation}"
+    generator, mark = open_biggan(config.generator_weights, config.truncation)
     compute, victim, evaluator = open_attack(config, run)
     student = compute.prepare(create_student(config.student, victim.num_classes, config.student_weights))
     run.begin()
@@ -112,8 +101,6 @@ def main(config: Config, run: Run) -> dict:
     unreached = [entry["class"] for entry in search if not entry["reached"]]
     print(f"{len(search) - len(unreached)} of {len(search)} classes named with more than {config.confidence}")
     clips = Codes(mark, victim.classes, codes, config.clips_per_class)
-    if cut and not len(clips):
-        raise BudgetExhausted(cut)
     queries = QuerySet(clips, Sampling(motion, config.spread), config.views_per_clip, config.seed, make_clips)
     optimizer = torch.optim.Adam(student.parameters(), config.lr, fused=True)
     steps = config.epochs * -(-len(clips) // config.batch_size)

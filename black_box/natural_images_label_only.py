@@ -18,6 +18,7 @@ The demo: 72.9 ± 1.8 top-1, 72.1 ± 1.2 agreement@1 after 4 200 queries (two se
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -42,7 +43,7 @@ from extraction.weights import write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(options.Options, options.VictimOptions):
+class Config(options.Options, options.ImageOptions, options.VictimOptions):
     victim: str = "swin_b_k400"
     answers: Literal["logits", "probs", "top5", "label"] = "label"
     """What the victim returns for a clip; this attack uses the label alone."""
@@ -53,7 +54,6 @@ class Config(options.Options, options.VictimOptions):
     images: str = "datasets/coco/train2017"
     """Any tree of unrelated images; no labels are used."""
     layers: options.Layers = (Layer(), DEMO_LAYERS[1])
-    """How each picture of a clip moves, from the bottom to the top."""
     num_explore: options.Count = 8000
     """Random clips that are asked about first."""
     num_rounds: options.Natural = 16
@@ -66,10 +66,7 @@ class Config(options.Options, options.VictimOptions):
     """How often an epoch shows each clip of a class with fewer, at most."""
     jitter: options.Rate = 0.1
     """Distance of a path from the kept one it is drawn around: standard deviation of each of its numbers, which are 0 to 1."""
-    epochs: options.Count = 30
-    """Passes over the kept clips."""
-    lr: options.Rate = 1e-3
-    """Learning rate of the student (Adam, cosine)."""
+    epochs: int = 30
 
 
 DEMO = options.DEMO | dict(
@@ -107,7 +104,7 @@ def main(config: Config, run: Run) -> dict:
     note_transfer_set(run, chosen, victim.classes)
     draws = {view_key(config.seed, candidate.ref.key, 0, motion): candidate.draws for candidate in chosen}
 
-    def make_views(pictures: Tensor, keys: list[bytes], motion: Motion) -> Tensor:
+    def make_views(pictures: Tensor, keys: Sequence[bytes], motion: Motion) -> Tensor:
         return draw_clips(pictures, np.stack([draws[key] for key in keys]), motion)
 
     queries = QuerySet(images.of([candidate.ref for candidate in chosen]), motion, 1, config.seed, make_views)

@@ -7,7 +7,7 @@ Every clip is one query: with N clips (`--num-clips`, or one for each image) and
 
     num_queries = N * min(E, views_per_clip)        (N * E without --views-per-clip)
 
-Further epochs show answered clips again, for nothing. The 2022 report had 1.22 top-5 / 0.30 top-1 on Kinetics-400, which
+Further epochs show answered clips again, without a query. The 2022 report had 1.22 top-5 / 0.30 top-1 on Kinetics-400, which
 is chance: its frames were all the same picture, and black. Here they differ, so expect other numbers.
 
 The demo: 66.5 ± 5.6 top-1, 65.0 ± 5.9 agreement@1 after 9 600 queries (two seeds; victim 97.5, chance 8.3).
@@ -20,7 +20,7 @@ import torch
 from extraction import options
 from extraction.attacks.distill import Training
 from extraction.attacks.losses import kl_divergence
-from extraction.data.images import DEMO_LAYERS, Images, Layer, Motion, create_clips
+from extraction.data.images import DEMO_LAYERS, Images, Motion, create_clips
 from extraction.data.queries import QuerySet
 from extraction.experiment import experiment, open_attack, run_script
 from extraction.runs import Run
@@ -28,7 +28,7 @@ from extraction.students import create_student
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(options.Options, options.VictimOptions):
+class Config(options.Options, options.ImageOptions, options.VictimOptions):
     victim: str = "swin_b_k400"
     student: str = "r2plus1d_18"
     val: str = "datasets/kinetics400_val"
@@ -38,14 +38,9 @@ class Config(options.Options, options.VictimOptions):
     """Any tree of unrelated images; no labels are used."""
     num_clips: options.Count | None = None
     """Clips to make of them; by default one for each image."""
-    layers: options.Layers = (Layer(),)
-    """How each picture of a clip moves, from the bottom to the top."""
-    epochs: options.Count = 10
-    """Passes over all clips."""
+    epochs: int = 10
     views_per_clip: options.Count | None = None
     """Cycle through this many paths of a clip instead of a new one each epoch, which bounds the queries."""
-    lr: options.Rate = 1e-3
-    """Learning rate of the student (Adam, cosine)."""
 
 
 DEMO = options.DEMO | dict(

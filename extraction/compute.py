@@ -1,6 +1,6 @@
 """How networks are run: on which device, in which precision, compiled or not."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -10,10 +10,13 @@ from extraction.errors import UserError
 from extraction.network import LAYOUTS, VideoModel
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# A network that has had so many batches has cost about what compiling it costs, so that a run never takes much longer for
-# having guessed wrongly. Reckoned, not measured: Swin-B in bf16 on an H200 is said to go from 110 clips/s to 163.5 compiled,
+# After this many batches a network has cost about what compiling it costs, so that a run never takes much longer for a
+# wrong guess. Estimated from published figures: Swin-B in bf16 on an H200 goes from 110 clips/s to 163.5 compiled,
 # 47 ms a batch of 16, and compiling to take a minute or more.
 COMPILE_AFTER = 1000
+
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Compute(NamedTuple):
@@ -23,7 +26,7 @@ class Compute(NamedTuple):
     precision: torch.dtype
     compile_after: int | None  # batches of one shape, after which a network is compiled; None: never
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: Model) -> Model:
         """Move a model to the device and let every network in it run as chosen. Its weights stay float32."""
         model = model.to(self.device)
         for weight in model.parameters():  # channels last: convolutions are faster so, on a CPU too
@@ -40,8 +43,9 @@ def choose_device(name: str) -> torch.device:
 
     With several processes each has its own.
     """
-    if distributed.local_device() is not None:
-        return distributed.local_device()
+    shared = distributed.local_device()
+    if shared is not None:
+        return shared
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -66,7 +70,7 @@ def choose_compute(device: str = "auto", precision: str = "auto", compile: str =
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision}: write auto, {' or '.join(PRECISIONS)}")
-    # float32 in convolutions too, where PyTorch would take TF32: slopes estimated from answers drown in its rounding.
+    # float32 in convolutions too, where PyTorch would take TF32: its rounding swamps finite-difference estimates.
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     # The first batch is never compiled: a Swin then looks up what it keeps, which would be a second graph.
     choices = {"auto": COMPILE_AFTER if on_gpu else None, "on": 1, "off": None}

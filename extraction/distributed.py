@@ -2,8 +2,8 @@
 
 A run in several processes is the same run, faster: every batch is cut into shares that keep its order, gradients are
 averaged by PyTorch's DDP, normalisation takes the statistics of the whole batch, and the first process alone keeps the
-ledger, writes files and prints. So losses, bills and checkpoints are those of one process, up to rounding, and a run may go
-on with another number of them. Accelerate finds the processes and their devices. With one process nothing here does anything.
+ledger, writes files and prints. So losses, query counts and checkpoints are those of one process, up to rounding, and a run
+may go on with another number of them. Accelerate finds the processes and their devices. One process needs nothing of this.
 """
 
 import os
@@ -164,23 +164,26 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         scatter = (x - own_mean.view(shape)).square().sum(dims)
         own = torch.cat([own_mean, scatter, x.new_tensor([x.numel() / x.shape[1]])])
         # One message: each process fills its row, and the sum is everybody's table.
-        table = all_reduce(F.pad(own[None], (0, 0, rank(), num_processes() - rank() - 1)), "sum", dist.group.WORLD)
+        table = all_reduce(
+            F.pad(own[None], (0, 0, rank(), num_processes() - rank() - 1)), "sum", dist.distributed_c10d._get_default_group()
+        )
         means, scatters, counts = table.split([x.shape[1], x.shape[1], 1], dim=1)
         count = counts.sum().detach()
         mean = (counts.detach() * means).sum(0) / count
         var = (scatters + counts.detach() * (means - mean).square()).sum(0) / count
-        if self.track_running_stats:
+        if self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None:
+            momentum = self.momentum or 0.0  # a running average, as all networks here have it
             with torch.no_grad():
                 self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(var * (count / (count - 1)), momentum)
         normal = (x - mean.view(shape)) * torch.rsqrt(var + self.eps).view(shape)
         return (normal * self.weight.view(shape) + self.bias.view(shape) if self.affine else normal).to(precision)
 
 
 def _synchronise_batch_norms(net: nn.Module) -> None:
     for name, child in net.named_children():
-        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             whole = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
             # The same parameters and statistics, so that optimisers and state dicts stay what they are.
             whole._parameters, whole._buffers, whole.training = child._parameters, child._buffers, child.training
@@ -205,7 +208,7 @@ def parallel(net: nn.Module) -> Callable:
 
 
 def should_print(line: str) -> bool:
-    """Whether no other process has said `line`: what stops all of them is printed once."""
+    """Whether no other process has printed `line`: what stops all of them is printed once."""
     if num_processes() == 1:
         return True
     try:
@@ -218,8 +221,8 @@ def describe_lost_process(error: BaseException) -> str | None:
     """One line for an error of the processes' talk with each other; None for any other error."""
     if num_processes() == 1 or not re.search(r"gloo|nccl|connection|broken pipe|timed? ?out|peer", str(error), re.IGNORECASE):
         return None
-    said = str(error).strip().splitlines()[0][:200]
+    reason = str(error).strip().splitlines()[0][:200]
     return (
-        f"another of the {num_processes()} processes of this run ended; what it said is above, if it could say anything "
-        f"({said}). Run the same command again: it goes on from the last checkpoint, and nothing is paid twice"
+        f"another of the {num_processes()} processes of this run ended; its own message, if any, is above "
+        f"({reason}). Run the same command again: it goes on from the last checkpoint, with the cached answers"
     )

@@ -7,14 +7,14 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something the person running the script can put right: one line that names the file or value, and the fix.
+    """An error the user can fix: one line that names the file or value, and the fix.
 
     Scripts print it without a traceback and end with exit status 1.
     """
 
 
 class BudgetExhausted(UserError):
-    """The query budget leaves no room for the clips asked about. Nothing was answered and nothing was billed."""
+    """The query budget leaves no room for the clips asked about. Nothing was answered or counted."""
 
 
 def run_tool(tool: Callable[[], Any]) -> None:

@@ -41,9 +41,10 @@ def experiment(main: Callable[[Any, Run], dict]) -> Callable[[Any], dict]:
     def run_experiment(config: Any) -> dict:
         script = Path(inspect.getfile(main)).stem
         check_options(config)
+        _require_student(config)
         if config.demo:
             _write_demo_data(config)
-        _require_inputs(config)
+        _require_folders(config)
         run = Run(script, config.out_dir or f"runs/{script}{'_demo' * config.demo}", config, config.checkpoint_seconds)
         if run.finished:
             return repeat_results(run.finished)
@@ -60,11 +61,15 @@ def _write_demo_data(config: Any) -> None:
         write_demo_images("datasets/demo/images")
 
 
-def _require_inputs(config: Any) -> None:
-    """Raise UserError for a student that is none, and for files and folders that are missing."""
+def _require_student(config: Any) -> None:
+    """Raise UserError for a student that is none, and for weights that are missing."""
     require_student(config.student)
     if config.student_weights is not None and not Path(config.student_weights).is_file():
         raise UserError(f"student weights {config.student_weights} not found: {_say_whence(config)}")
+
+
+def _require_folders(config: Any) -> None:
+    """Raise UserError for videos and images that are missing."""
     if getattr(config, "in_domain", None) is not None:
         require_folder(config.in_domain, "videos of the victim's task, in class folders,")
     find_aux_folders(getattr(config, "aux", ()), config.demo)

@@ -1,7 +1,9 @@
 """The step between a clip and a model: every model takes the same clips and does its own sampling and normalising."""
 
 from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,21 +44,23 @@ class VideoModel(nn.Module):
 
     precision = torch.float32
     compile_after: int | None = None
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
         net: nn.Module,
         num_frames: int | None = None,
         size: int | None = None,
-        mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
-        std: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
     ):
         super().__init__()
         self.net, self.num_frames, self.size = net, num_frames, size
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1, 1), persistent=False)
         self._batches: Counter = Counter()  # by shape and mode
-        self._compiled = {}  # in a dict, where nn.Module does not take it for a part
+        self._compiled: dict[tuple, Any] = {}  # in a dict, where nn.Module does not take it for a part
 
     def forward(self, clips: Tensor) -> Tensor:
         return self.run((fit_clips(clips, self.num_frames, self.size) - self.mean) / self.std)
@@ -68,7 +72,7 @@ class VideoModel(nn.Module):
         with torch.autocast(batch.device.type, self.precision, enabled=self.precision != torch.float32):
             return self._pick_net(batch)(batch).float()
 
-    def _pick_net(self, batch: Tensor) -> nn.Module:
+    def _pick_net(self, batch: Tensor) -> Callable[[Tensor], Tensor]:
         """The compiled network for a shape that came often, the plain one for the others, such as an epoch's last batch."""
         if self.compile_after is None:
             return self.net

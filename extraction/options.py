@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from extraction.data.clips import ClipShape
 from extraction.data.images import Layer
 from extraction.errors import UserError
 
@@ -89,9 +90,9 @@ class Options(ComputeOptions):
     """Run on the built-in demo set and victims: minutes on two CPU cores, no download."""
 
     @property
-    def shape(self) -> dict[str, int]:
-        """What `Clips` takes: frames, temporal stride and size of a clip."""
-        return dict(num_frames=self.num_frames, stride=self.stride, size=self.size)
+    def shape(self) -> ClipShape:
+        """Frames, temporal stride and size of a clip, as `Clips` takes them."""
+        return ClipShape(num_frames=self.num_frames, stride=self.stride, size=self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,13 +120,19 @@ class VictimOptions(ScoredVictimOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoOptions:
-    """In-domain videos, how they are cut and augmented, and how a student is trained on them."""
+class InDomainOptions:
+    """What the attacker has of the victim's own task."""
 
-    in_domain: str | None
+    in_domain: str
     """Videos of the victim's task, in class folders."""
     in_domain_list: str | None = None
     """Use only the videos of --in-domain that this list names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOptions:
+    """How videos are cut and augmented, and how a student is trained on them."""
+
     clip_interval: Count
     """Frames from the start of a clip to the start of the next."""
     hflip: Fraction = 0.5
@@ -150,6 +157,18 @@ class QueryOptions:
     """Unrelated videos: ucf101, hmdb51, moments_in_time, or any folders."""
     views_per_clip: Count | None = None
     """Cycle through this many views of a clip instead of a new one each epoch, which bounds the queries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """Clips of moving pictures, and how a student is trained on them."""
+
+    layers: Layers = (Layer(),)
+    """How each picture of a clip moves, from the bottom to the top."""
+    epochs: Count
+    """Passes over all clips."""
+    lr: Rate = 1e-3
+    """Learning rate of the student (Adam, cosine)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +208,7 @@ class GeneratorOptions:
     """Initial learning rate of the generator."""
 
 
-# What the demos have in common; and those that read videos.
+# What the demos have in common; those that read videos; and those with in-domain videos among them.
 DEMO: dict[str, Any] = dict(
     demo=True,
     student_weights=None,
@@ -200,7 +219,8 @@ DEMO: dict[str, Any] = dict(
     num_workers=1,
     checkpoint_seconds=10.0,
 )
-VIDEO_DEMO = DEMO | dict(in_domain="datasets/demo/train_5per", clip_interval=16, hflip=0.0, rotation=3.0)
+VIDEO_DEMO = DEMO | dict(clip_interval=16, hflip=0.0, rotation=3.0)
+IN_DOMAIN_DEMO = VIDEO_DEMO | dict(in_domain="datasets/demo/train_5per")
 
 
 def check_options(config: Any) -> None:
@@ -253,12 +273,14 @@ def find_help(config_class: type) -> dict[str, str]:
 
 def parse_options(config_class: type, default: Any, description: str, args: Sequence[str] | None = None) -> Any:
     """Read the command line into a `config_class`. `--help` shows the script's own constants first, then those it inherits."""
-    hints, lines, groups, seen = find_annotations(config_class), find_help(config_class), {}, set()
+    hints, lines = find_annotations(config_class), find_help(config_class)
+    groups: dict[str, type] = {}
+    seen: set[str] = set()
     edited = {name for name, hint in hints.items() if EDITED in getattr(hint, "__metadata__", ())}
     for owner in config_class.__mro__:
         names = [name for name in inspect.get_annotations(owner) if name in hints and name not in seen | edited]
         seen.update(names)
-        fields = [
+        fields: list[tuple[str, Any, Any]] = [
             (name, Annotated[hints[name], tyro.conf.arg(help=lines.get(name, ""))], getattr(default, name)) for name in names
         ]
         if fields:
@@ -266,10 +288,12 @@ def parse_options(config_class: type, default: Any, description: str, args: Sequ
             group = dataclasses.make_dataclass(title, fields, frozen=True, kw_only=True)
             group.__doc__ = "The constants of this script." if owner is config_class else owner.__doc__
             groups[title] = group
-    fields = [(name, group, dataclasses.field(default_factory=group)) for name, group in groups.items()]
-    view = dataclasses.make_dataclass("View", fields, frozen=True)
+    parts: list[tuple[str, Any, Any]] = [
+        (name, group, dataclasses.field(default_factory=group)) for name, group in groups.items()
+    ]
+    view = dataclasses.make_dataclass("View", parts, frozen=True)
     args = [re.sub(r"^--[\w-]+", _translate, arg) for arg in (sys.argv[1:] if args is None else args)]
-    parsed = tyro.cli(view, description=description, args=args, config=(tyro.conf.OmitArgPrefixes,))
+    parsed: Any = tyro.cli(view, description=description, args=args, config=(tyro.conf.OmitArgPrefixes,))
     values = {name: value for group in groups for name, value in vars(getattr(parsed, group)).items()}
     return config_class(**values, **{name: getattr(default, name) for name in edited})
 

@@ -33,7 +33,7 @@ class Run:
         self.stop_asked = False
         self._started, self._seconds_before = time.monotonic(), 0.0
         self._last_checkpoint = time.monotonic()
-        self._writer = None
+        self._writer: Any = None  # TensorBoard's, imported when there is something to write
         self.finished = distributed.on_main_process(self._open)
 
     def _open(self) -> dict | None:
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Time spent on this run, over all its lives."""
+        """Time spent on this run, including time before a resume."""
         return self._seconds_before + time.monotonic() - self._started
 
     def load_state(self) -> dict | None:

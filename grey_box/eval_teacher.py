@@ -62,7 +62,7 @@ class Stopwatch:
 
     def __init__(self, model, device: torch.device):
         self.model, self.device = model, device
-        self.clips, self.seconds, self.first = 0, 0.0, None
+        self.clips, self.seconds, self.first = 0, 0.0, 0.0
 
     def __call__(self, clips: Tensor) -> Tensor:
         started = time.perf_counter()
@@ -70,7 +70,7 @@ class Stopwatch:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         took = time.perf_counter() - started
-        if self.first is None:
+        if not self.first:
             self.first = len(clips) / took
         else:
             self.clips, self.seconds = self.clips + len(clips), self.seconds + took

@@ -26,10 +26,10 @@ from extraction.students import create_student
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(options.Options, options.VideoOptions):
+class Config(options.Options, options.InDomainOptions, options.VideoOptions):
     student: str = "r2plus1d_34"
     student_weights: str | None = "weights/r2plus1d_34_clip32_ig65m_from_scratch-449a7af9.pth"
-    in_domain: str | None = "datasets/kinetics400_5per"
+    in_domain: str = "datasets/kinetics400_5per"
     val: str = "datasets/kinetics400_val"
     num_frames: int = 32
     clip_interval: int = 32
@@ -39,7 +39,7 @@ class Config(options.Options, options.VideoOptions):
     body_lr: float = 3e-6
 
 
-DEMO = options.VIDEO_DEMO | dict(student="r2plus1d_tiny", epochs=20, head_lr=1e-3, body_lr=1e-3)
+DEMO = options.IN_DOMAIN_DEMO | dict(student="r2plus1d_tiny", epochs=20, head_lr=1e-3, body_lr=1e-3)
 
 
 @experiment

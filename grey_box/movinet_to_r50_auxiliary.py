@@ -32,7 +32,6 @@ class Config(options.Options, options.VideoOptions, options.QueryOptions, option
     victim: str = "movinet_a2_k600"
     student: str = "resnet50"
     student_weights: str | None = "weights/resnet50-11ad3fa6.pth"
-    in_domain: str | None = None
     aux: tuple[str, ...] = ("moments_in_time",)
     val: str = "datasets/kinetics600_val"
     num_frames: int = 32
@@ -46,7 +45,6 @@ class Config(options.Options, options.VideoOptions, options.QueryOptions, option
 DEMO = options.VIDEO_DEMO | dict(
     victim="demo_movinet",
     student="resnet_demo",
-    in_domain=None,
     aux=("ucf101", "hmdb51"),
     epochs=8,
     views_per_clip=4,

@@ -26,12 +26,12 @@ from extraction.students import load_stage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(options.Options, options.VideoOptions, options.ScoredVictimOptions):
+class Config(options.Options, options.InDomainOptions, options.VideoOptions, options.ScoredVictimOptions):
     victim: str = "movinet_a2_k600"
     student: str = "resnet50"
     student_weights: str = "runs/movinet_to_r50_auxiliary/student.safetensors"
     """What the stage before saved."""
-    in_domain: str | None = "datasets/kinetics600_5per"
+    in_domain: str = "datasets/kinetics600_5per"
     val: str = "datasets/kinetics600_val"
     num_frames: int = 32
     clip_interval: int = 32
@@ -41,7 +41,7 @@ class Config(options.Options, options.VideoOptions, options.ScoredVictimOptions)
     body_lr: float = 3e-6
 
 
-DEMO = options.VIDEO_DEMO | dict(
+DEMO = options.IN_DOMAIN_DEMO | dict(
     victim="demo_movinet",
     student="resnet_demo",
     student_weights="runs/movinet_to_r50_auxiliary_demo/student.safetensors",
@@ -54,8 +54,8 @@ DEMO = options.VIDEO_DEMO | dict(
 @experiment
 def main(config: Config, run: Run) -> dict:
     compute, victim, evaluator = open_attack(config, run)
-    student, num_queries = load_stage(config.student, config.student_weights, victim.classes)
-    student = compute.prepare(student)
+    saved, num_queries = load_stage(config.student, config.student_weights, victim.classes)
+    student = compute.prepare(saved)
     videos = find_videos(config.in_domain, victim.classes, "train", config.in_domain_list)
     clips = Clips(videos, clip_interval=config.clip_interval, **config.shape)
     queries = QuerySet(clips, Augmentation(config.hflip, config.brightness, config.rotation), seed=config.seed)

@@ -20,7 +20,7 @@ def stage(name: str, published: str, before: str) -> Experiment:
     return grey_box(name, published, "--student-weights", f"{{runs}}/{before}/student.safetensors")
 
 
-CONCATENATED = {True: ("--epochs", "9", "--views-per-clip", "4"), False: ()}  # the demo's bill is that of the other scripts
+CONCATENATED = {True: ("--epochs", "9", "--views-per-clip", "4"), False: ()}  # as many queries as the other demos
 
 
 def list_experiments(demo: bool) -> list[Experiment]:
@@ -51,6 +51,8 @@ class Config:
     """Random seeds; with several, the table has their mean and standard deviation."""
     only: tuple[str, ...] = ()
     """Run and tabulate only these experiments."""
+    write_docs: bool = False
+    """Write the table into docs/results.md too, between the markers of this script."""
     out_dir: str = "runs/grey_box"
     """Folder of all runs, a folder for each seed in it."""
     demo: bool = False
@@ -61,7 +63,8 @@ DEMO = dict(demo=True, out_dir="runs/grey_box_demo")
 
 
 def main(config: Config) -> str:
-    return run_all(list_experiments(config.demo), config.out_dir, config.demo, config.seeds, config.only)
+    document = "grey_box/run_all.py" if config.write_docs else None
+    return run_all(list_experiments(config.demo), config.out_dir, config.demo, config.seeds, config.only, document)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ from extraction.students import create_student
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(options.Options, options.VideoOptions, options.QueryOptions, options.VictimOptions):
+class Config(options.Options, options.InDomainOptions, options.VideoOptions, options.QueryOptions, options.VictimOptions):
     victim: str = "swin_b_k400"
     student: str = "c3d"
     student_weights: str | None = "weights/c3d_sports1m_pretrain_20201016-dcc47ddc.pth"
-    in_domain: str | None = "datasets/kinetics400_5per"
+    in_domain: str = "datasets/kinetics400_5per"
     val: str = "datasets/kinetics400_val"
     num_frames: int = 32
     clip_interval: int = 32
@@ -41,7 +41,7 @@ class Config(options.Options, options.VideoOptions, options.QueryOptions, option
     body_lr: float = 3e-6
 
 
-DEMO = options.VIDEO_DEMO | dict(victim="demo_swin", student="c3d_tiny", epochs=44, head_lr=1.5e-3, body_lr=1.5e-3)
+DEMO = options.IN_DOMAIN_DEMO | dict(victim="demo_swin", student="c3d_tiny", epochs=44, head_lr=1.5e-3, body_lr=1.5e-3)
 
 
 @experiment

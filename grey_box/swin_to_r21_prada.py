@@ -5,7 +5,7 @@
 
 As `swin_to_r21.py` on the augmented 5 %, and a share of each batch is crafted further: random perturbation of the frames, a
 step along the sign of the student's Jacobian (JBDA), or steps toward a random class (T-RND). Each crafted clip is one more
-query: the bill is (1 + --crafted-share) of a plain run's, and grows with each epoch because crafted clips never come again.
+query: a run needs (1 + --crafted-share) times a plain run's queries, more with each epoch, for crafted clips never come again.
 The 2022 report had 34.2 top-5 / 12.67 top-1, its loop having stopped at its first step.
 
 The demo: 75.8 ± 2.2 top-1, 75.3 ± 2.0 agreement@1 after 10 560 queries (three seeds; victim 97.5, chance 8.3).
@@ -30,11 +30,11 @@ from extraction.students import create_student
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(options.Options, options.VideoOptions, options.QueryOptions, options.VictimOptions):
+class Config(options.Options, options.InDomainOptions, options.VideoOptions, options.QueryOptions, options.VictimOptions):
     victim: str = "swin_b_k400"
     student: str = "r2plus1d_34"
     student_weights: str | None = "weights/r2plus1d_34_clip32_ig65m_from_scratch-449a7af9.pth"
-    in_domain: str | None = "datasets/kinetics400_5per"
+    in_domain: str = "datasets/kinetics400_5per"
     val: str = "datasets/kinetics400_val"
     num_frames: int = 32
     clip_interval: int = 32
@@ -52,7 +52,7 @@ class Config(options.Options, options.VideoOptions, options.QueryOptions, option
     """Steps of T-RND, which together go that far."""
 
 
-DEMO = options.VIDEO_DEMO | dict(
+DEMO = options.IN_DOMAIN_DEMO | dict(
     victim="demo_swin", student="r2plus1d_tiny", epochs=22, crafted_share=1.0, head_lr=1.5e-3, body_lr=1.5e-3
 )
 

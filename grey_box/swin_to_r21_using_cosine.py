@@ -26,11 +26,11 @@ from extraction.students import create_student
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(options.Options, options.VideoOptions, options.QueryOptions, options.VictimOptions):
+class Config(options.Options, options.InDomainOptions, options.VideoOptions, options.QueryOptions, options.VictimOptions):
     victim: str = "swin_b_k400"
     student: str = "r2plus1d_34"
     student_weights: str | None = "weights/r2plus1d_34_clip32_ig65m_from_scratch-449a7af9.pth"
-    in_domain: str | None = "datasets/kinetics400_5per"
+    in_domain: str = "datasets/kinetics400_5per"
     aux: tuple[str, ...] = ("ucf101", "hmdb51")
     val: str = "datasets/kinetics400_val"
     num_frames: int = 32
@@ -43,7 +43,7 @@ class Config(options.Options, options.VideoOptions, options.QueryOptions, option
     """The learning rates fall along a cosine for this many batches, then start again."""
 
 
-DEMO = options.VIDEO_DEMO | dict(
+DEMO = options.IN_DOMAIN_DEMO | dict(
     victim="demo_swin", student="r2plus1d_tiny", epochs=9, views_per_clip=4, head_lr=1.5e-3, body_lr=1.5e-3
 )
 

@@ -32,7 +32,6 @@ class Config(options.Options, options.VideoOptions, options.QueryOptions, option
     victim: str = "swin_b_k400"
     student: str = "vit_tiny"
     student_weights: str | None = "weights/vit_tiny_patch16_224.safetensors"
-    in_domain: str | None = None
     aux: tuple[str, ...] = ("moments_in_time",)
     val: str = "datasets/kinetics400_val"
     num_frames: int = 32
@@ -46,7 +45,6 @@ class Config(options.Options, options.VideoOptions, options.QueryOptions, option
 DEMO = options.VIDEO_DEMO | dict(
     victim="demo_swin",
     student="vit_demo",
-    in_domain=None,
     aux=("ucf101", "hmdb51"),
     epochs=8,
     views_per_clip=4,

@@ -34,12 +34,12 @@ from extraction.weights import save_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(options.Options, options.VideoOptions, options.ScoredVictimOptions):
+class Config(options.Options, options.InDomainOptions, options.VideoOptions, options.ScoredVictimOptions):
     victim: str = "swin_b_k400"
     student: str = "vit_tiny"
     student_weights: str = "runs/swin_to_vit_finetune/student.safetensors"
     """What the stage before saved."""
-    in_domain: str | None = "datasets/kinetics400_5per"
+    in_domain: str = "datasets/kinetics400_5per"
     val: str = "datasets/kinetics400_val"
     num_frames: int = 32
     clip_interval: int = 32
@@ -55,7 +55,7 @@ class Config(options.Options, options.VideoOptions, options.ScoredVictimOptions)
     """Epochs of each round before it prunes."""
 
 
-DEMO = options.VIDEO_DEMO | dict(
+DEMO = options.IN_DOMAIN_DEMO | dict(
     victim="demo_swin",
     student="vit_demo",
     student_weights="runs/swin_to_vit_finetune_demo/student.safetensors",
@@ -69,8 +69,8 @@ DEMO = options.VIDEO_DEMO | dict(
 @experiment
 def main(config: Config, run: Run) -> dict:
     compute, victim, evaluator = open_attack(config, run)
-    student, num_queries = load_stage(config.student, config.student_weights, victim.classes)
-    student = compute.prepare(student)
+    saved, num_queries = load_stage(config.student, config.student_weights, victim.classes)
+    student = compute.prepare(saved)
     videos = find_videos(config.in_domain, victim.classes, "train", config.in_domain_list)
     clips = Clips(videos, clip_interval=config.clip_interval, **config.shape)
     queries = QuerySet(clips, Augmentation(config.hflip, config.brightness, config.rotation), seed=config.seed)
@@ -98,14 +98,14 @@ def main(config: Config, run: Run) -> dict:
         train(part, masks, config.round_epochs)
         masks = prune_globally(student.net.state_dict(), masks, sparsity)
     training = train(run, masks, config.epochs, evaluator)
-    about = dict(student=config.student, sparsity=count_sparsity(masks))
-    save_weights(run.folder / "mask.safetensors", masks, about)
+    sparsity = count_sparsity(masks)
+    save_weights(run.folder / "mask.safetensors", masks, dict(student=config.student, sparsity=sparsity))
     dense = Path(config.student_weights).with_name("results.json")
     curves = {"dense": json.loads(dense.read_text())["history"]} if dense.is_file() else {}
-    curves[f"ticket, {100 * about['sparsity']:.0f} % pruned"] = training.history
+    curves[f"ticket, {100 * sparsity:.0f} % pruned"] = training.history
     title = "swin_to_vit: dense and winning ticket"
     draw_curves(run.folder / "dense_and_ticket.png", curves, 1 / victim.num_classes, title)
-    return training.finish(num_queries_before=num_queries, sparsity=about["sparsity"])
+    return training.finish(num_queries_before=num_queries, sparsity=sparsity)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from extraction.data_free import kl_loss
 from torch import nn
 
+from extraction.attacks.losses import kl_loss
 from extraction.compute import COMPILE_AFTER, choose_compute
 from extraction.data.clips import Clips
 from extraction.data.folders import find_videos
 from extraction.errors import UserError
-from extraction.evaluation import predict_videos
+from extraction.evaluation.scoring import predict_videos
 from extraction.generators import create_generator
 from extraction.network import VideoModel
 from extraction.students import create_student
-from extraction.victims import load_model
+from extraction.victims.zoo import load_model
 
 
 def test_a_cpu_is_exact_and_never_compiles_unless_asked():
@@ -31,20 +31,20 @@ def test_a_cpu_is_exact_and_never_compiles_unless_asked():
 def test_half_precision_answers_as_float32_does(name, demo_set):
     videos = find_videos(demo_set / "val", load_model(name).classes, "val")
     clips = Clips(videos, num_frames=16, size=48, views=(1, 1))
-    said = {}
+    probs = {}
     for precision in ("fp32", "bf16"):
-        model = choose_compute("cpu", precision).place(load_model(name))
-        said[precision] = predict_videos(model, clips, "cpu").probs
+        model = choose_compute("cpu", precision).prepare(load_model(name))
+        probs[precision] = predict_videos(model, clips, "cpu").probs
         assert next(model.parameters()).dtype == torch.float32
         assert model(torch.rand(1, 3, 16, 48, 48)).dtype == torch.float32
-    assert not torch.equal(said["fp32"], said["bf16"])  # it was another precision
-    assert (said["fp32"].argmax(1) == said["bf16"].argmax(1)).float().mean() >= 0.95  # 24 videos; benchmarks/ has more
-    kl = (said["fp32"] * (said["fp32"] / said["bf16"]).clamp(min=1e-9).log()).sum(1).mean()
+    assert not torch.equal(probs["fp32"], probs["bf16"])  # it was another precision
+    assert (probs["fp32"].argmax(1) == probs["bf16"].argmax(1)).float().mean() >= 0.95  # 24 videos; benchmarks/ has more
+    kl = (probs["fp32"] * (probs["fp32"] / probs["bf16"]).clamp(min=1e-9).log()).sum(1).mean()
     assert kl < 1e-3
 
 
-def test_slopes_estimated_from_answers_want_float32():
-    """Why the attacks that estimate them don't take bf16 on a GPU: at MAZE's step the differences drown in it."""
+def test_finite_difference_estimates_need_float32():
+    """Why the attacks with a generator take fp32 on a GPU too: at MAZE's step bf16's rounding swamps the estimate."""
     torch.manual_seed(0)
     victim, student = load_model("demo_swin"), create_student("r2plus1d_tiny", 12).eval()
     generator = create_generator("deconv_small", 12, 16, 48).train()
@@ -102,7 +102,7 @@ def test_channels_last_changes_no_answer():
         with torch.no_grad():
             plain = student.net(torch.rand(1, 3, 32, 32) if name == "resnet_demo" else torch.rand(1, 3, 8, 32, 32))
             before = student(clips)
-            after = choose_compute("cpu").place(student)(clips)
+            after = choose_compute("cpu").prepare(student)(clips)
         assert plain.shape == (1, 5)
         assert torch.allclose(before, after, atol=1e-5)
         first = next(p for p in student.parameters() if p.ndim in (4, 5))
@@ -115,5 +115,5 @@ def test_a_gpu_answers_as_a_cpu_does():
     clips = torch.rand(4, 3, 16, 48, 48)
     exact = load_model("demo_swin")(clips).log_softmax(1)
     for precision, bound in (("fp32", 1e-5), ("bf16", 1e-3)):
-        said = choose_compute("cuda", precision, "off").place(load_model("demo_swin"))(clips.cuda()).cpu().log_softmax(1)
-        assert (exact.exp() * (exact - said)).sum(1).mean() < bound
+        found = choose_compute("cuda", precision, "off").prepare(load_model("demo_swin"))(clips.cuda()).cpu().log_softmax(1)
+        assert (exact.exp() * (exact - found)).sum(1).mean() < bound

@@ -88,7 +88,9 @@ def create_crafter(
         student.train(training)
         if not sheet.exists():
             pairs = torch.stack([seeds[:6], crafted[:6]], dim=1).flatten(0, 1)
-            captions = [c for i in range(len(pairs) // 2) for c in (f"seed: {classes[labels[i]]}", methods[i % len(methods)])]
+            captions = [
+                c for i in range(len(pairs) // 2) for c in (f"seed: {classes[int(labels[i])]}", methods[i % len(methods)])
+            ]
             draw_clips(sheet, pairs, captions)
         return crafted, crafted_keys
 

@@ -25,8 +25,8 @@ from extraction.errors import BudgetExhausted, UserError
 from extraction.evaluation.plots import draw_queries
 from extraction.evaluation.results import finish
 from extraction.evaluation.scoring import Evaluator
-from extraction.network import VideoModel
 from extraction.runs import Run
+from extraction.students import Student
 from extraction.victims.ledger import Ledger
 from extraction.victims.query_interface import ANSWERS
 
@@ -84,16 +84,16 @@ def pairwise_distance(clips: Tensor) -> float:
 class Attacker:
     """What an attacker without data holds, and the steps that it takes.
 
-    All that it draws is a function of (`seed`, iteration), and so are the keys under which the ledger keeps its
-    answers: an iteration that is repeated after a crash asks for the same, and finds what is paid. Of several processes
-    each takes its share of every batch; all of them keep every clip for replay, so that any number can go on. Raises UserError
-    when the batch can't be shared evenly.
+    All that it draws is deterministic in (`seed`, iteration), and so are the keys under which the ledger keeps its answers: an
+    iteration that is repeated after a crash asks for the same, and finds the cached answers. Of several processes each takes
+    its share of every batch; all of them keep every clip for replay, so that any number can go on. Raises UserError when the
+    batch can't be shared evenly.
     """
 
     def __init__(
         self,
         victim: Ledger,
-        student: VideoModel,
+        student: Student,
         generator: nn.Module,
         student_optimizer: torch.optim.Optimizer,
         generator_optimizer: torch.optim.Optimizer | None,
@@ -104,7 +104,8 @@ class Attacker:
         replay_clips: int,
         seed: int,
     ):
-        self.victim, self.student, self.generator = victim, student, generator
+        self.victim, self.student = victim, student
+        self.generator: Any = generator  # see extraction/generators
         self.student_optimizer, self.generator_optimizer = student_optimizer, generator_optimizer
         if batch_size % distributed.num_processes():
             raise UserError(f"--batch-size {batch_size}: it must be a multiple of the {distributed.num_processes()} processes")
@@ -113,7 +114,7 @@ class Attacker:
         self._generator_forward = distributed.parallel(generator) if generator_optimizer is not None else generator
         self.device = next(student.parameters()).device
         self.replay = Replay(replay_clips, clip_shape, victim.num_classes)
-        self.num_asked = 0  # clips asked about, paid now or in an earlier life
+        self.num_asked = 0  # clips asked about, including those before a resume
         self._optimizers = [o for o in (student_optimizer, generator_optimizer) if o is not None]
         self._first_rates = [[group["lr"] for group in o.param_groups] for o in self._optimizers]
         self.last_batch: tuple[Tensor, Tensor, Tensor] | None = (
@@ -129,7 +130,8 @@ class Attacker:
 
     def begin(self, iteration: int) -> None:
         """Start an iteration: its random numbers and its keys."""
-        self._iteration, self._slot, self._unread = iteration, 0, []
+        self._iteration, self._slot = iteration, 0
+        self._unread: list[Tensor] = []
         number = self.seed * 1_000_003 + iteration
         self._rng = torch.Generator(self.device).manual_seed(2 * number)
         self._replay_rng = torch.Generator().manual_seed(2 * number + 1)
@@ -169,7 +171,7 @@ class Attacker:
         """Lower `objective(clips, answers, labels)`, (B,), by an estimated gradient: B * (1 + num_directions) queries."""
         noise, labels = self.draw()
         pre_activation = self._generator_forward(noise, labels)
-        first = []
+        first: list[Tensor] = []
 
         def loss_fn(pre_activation: Tensor) -> Tensor:
             clips = self.generator.render(pre_activation)
@@ -180,6 +182,7 @@ class Attacker:
                 self._observe(clips, answers, labels)
             return loss
 
+        assert self.generator_optimizer is not None
         self.student.eval()  # its statistics are of the clips that it learns from
         gradient = estimate_gradient(loss_fn, pre_activation.detach(), num_directions, epsilon, self._rng, self.batch_size)
         self.student.train()
@@ -203,10 +206,10 @@ class Attacker:
 
     def step_replay(self) -> None:
         """Train the student on a batch of kept clips: no query."""
-        kept = map(distributed.shard, self.replay.sample(self.batch_size, self._replay_rng))
+        kept = [distributed.shard(part) for part in self.replay.sample(self.batch_size, self._replay_rng)]
         if self.device.type == "cuda":  # pinned memory is copied while the device works on the step before
-            kept = (own.pin_memory() for own in kept)
-        clips, targets = (own.to(self.device, non_blocking=True) for own in kept)
+            kept = [part.pin_memory() for part in kept]
+        clips, targets = (part.to(self.device, non_blocking=True) for part in kept)
         self._learn(clips.float() / 255, targets)
 
     def _learn(self, views: Tensor, targets: Tensor) -> None:
@@ -250,7 +253,7 @@ class Attacker:
             metrics["answer_entropy"] = (sums["entropy"] / sums["clips"]).item()
             metrics["mean_answer_entropy"] = torch.special.entr(sums["answers"] / sums["clips"]).sum().item()
             metrics["conditional_accuracy"] = (sums["named"] / sums["clips"]).item()
-            if self.last_batch is not None and self.batch_size > 1:  # None in a life that has not come to a batch
+            if self.last_batch is not None and self.batch_size > 1:  # None after a resume, before the first batch
                 metrics["pairwise_distance"] = pairwise_distance(self.last_batch[0])
         return metrics
 

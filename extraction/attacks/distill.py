@@ -13,7 +13,7 @@ the student after each epoch, logs, saves, and resumes.
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from extraction.evaluation.results import finish
 from extraction.evaluation.scoring import Evaluator
 from extraction.network import VideoModel
 from extraction.runs import Run
+from extraction.students import Student
 from extraction.victims.ledger import Ledger
 
 
@@ -163,6 +164,7 @@ class Training:
     def finish(self, *, stopped: str | None = None, broken: Sequence[tuple[Path, str]] = (), **more: Any) -> dict:
         """Save the student, write and print the results (`extraction.evaluation.results.finish`); `more` goes into them."""
         assert self.evaluator is not None
+        assert isinstance(self.student, Student)
         return finish(
             self.run, self.student, self.victim, self.evaluator, self.history, stopped or self.stopped,
             [*broken, *self.broken], **more,
@@ -200,7 +202,7 @@ class Training:
         if len(self._unread) >= (1 if self.device.type == "cpu" else 10) or (pause and self._unread):
             self._read_losses(epoch, number)
         if end_of_epoch or exhausted:
-            point = dict(epoch=epoch + 1, num_queries=self._num_queries(), loss=self._mean_loss())
+            point: dict[str, Any] = dict(epoch=epoch + 1, num_queries=self._num_queries(), loss=self._mean_loss())
             if self.evaluator is not None:
                 point |= self.evaluator.score(self.student.eval())
                 self.student.train()
@@ -253,7 +255,7 @@ class Training:
         return state["batch"]
 
     def _save(self, batch: int) -> None:
-        parts = dict(student=self.student.net, optimizer=self.optimizer, schedule=self.schedule)
+        parts: dict[str, Any] = dict(student=self.student.net, optimizer=self.optimizer, schedule=self.schedule)
         state = {name: part.state_dict() for name, part in parts.items()}
         self.run.save_state(state | dict(recent=list(self._losses), history=self.history, batch=batch))
 
@@ -277,7 +279,7 @@ class _Order:
 
 def prefetch(
     loader: Iterable[Batch], first: int, per_epoch: int, query: Callable[[Batch, int], AnsweredBatch], ahead: bool
-) -> Iterator[tuple[Batch, AnsweredBatch]]:
+) -> Generator[tuple[Batch, AnsweredBatch]]:
     """The batches of `loader`, numbered from `first` on, each with what `query(batch, number)` makes of it.
 
     With `ahead` a thread asks about a batch while the one before it is in use, but not beyond an epoch of `per_epoch` batches,

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from extraction.attacks.losses import answers_to_targets
 from extraction.data.augment import view_key
 from extraction.data.images import NUM_DRAWS, Motion, draw_uniform, move_pictures
+from extraction.errors import BudgetExhausted
 from extraction.generators.biggan import BigGAN
 from extraction.victims.ledger import Ledger
 
@@ -41,7 +42,9 @@ class Codes(Dataset):
     """Codes as the distillation loop takes clips: `num_clips` of each class, drawn around its codes in turn."""
 
     def __init__(self, generator: str, classes: Sequence[str], codes: Sequence[Sequence[np.ndarray]], num_clips: int):
-        self.refs, self.codes, self.broken = [], [], []
+        self.refs: list[CodeRef] = []
+        self.codes: list[np.ndarray] = []
+        self.broken: list[tuple[Path, str]] = []
         for name, own in zip(classes, codes, strict=True):
             for number in range(num_clips if own else 0):
                 code = own[number % len(own)]
@@ -102,12 +105,12 @@ def find_codes(
 
     `num_random` random codes are asked about first. Then, class after class, `population` codes at a distance of `step`
     around the best one are asked about per step, until `codes_per_class` are named with more than `confidence`, or
-    `num_steps` steps are over. An answer counts for every class, whichever was searched for. Bills
+    `num_steps` steps are over. An answer counts for every class, whichever was searched for. Uses
     num_random + population * (steps taken) queries.
 
     Returns the codes of each class (its best one when none is good enough, none when nothing was asked), a dict per class
     (`class`, `reached`, `confidence`, `num_codes`, `steps`, `num_queries` spent on it), and the line of an exhausted budget
-    or None.
+    or None. Raises BudgetExhausted when not even one code could be asked about.
     """
     draw = np.random.default_rng([seed, 2])
     good: list[list[np.ndarray]] = [[] for _ in victim.classes]
@@ -115,7 +118,7 @@ def find_codes(
     counter = 0
 
     def ask(codes: np.ndarray) -> str | None:
-        """Learn what the victim says of `codes`; the budget's line when it ends here."""
+        """Query the victim about `codes`; the line of an exhausted budget, if it is."""
         nonlocal counter
         names = [f"{name_code(generator, code)}:search{counter + k}" for k, code in enumerate(codes)]
         keys = [view_key(seed, name, 0, sampling) for name in names]
@@ -128,8 +131,8 @@ def find_codes(
             part_keys = [keys[k] for k in part]
             victim.query(make_clips(torch.from_numpy(codes[part]).to(device), part_keys, sampling), part_keys)
         if keys:
-            said = answers_to_targets(victim.query(torch.empty(0), keys), victim.answers, victim.num_classes)
-            for code, shares in zip(codes, said.tolist(), strict=True):
+            probs = answers_to_targets(victim.query(torch.empty(0), keys), victim.answers, victim.num_classes)
+            for code, shares in zip(codes, probs.tolist(), strict=True):
                 for label, share in enumerate(shares):
                     if share > best[label][0]:
                         best[label] = (share, code)
@@ -157,5 +160,7 @@ def find_codes(
         report.append(dict({"class": name}, steps=steps, num_queries=counter - before))
     for label, entry in enumerate(report):
         entry |= dict(reached=best[label][0] > confidence, confidence=best[label][0], num_codes=len(good[label]))
-    codes = [own or ([best[label][1]] if best[label][1] is not None else []) for label, own in enumerate(good)]
+    if cut and not counter:
+        raise BudgetExhausted(cut)
+    codes = [own or [code for code in (best[label][1],) if code is not None] for label, own in enumerate(good)]
     return codes, report, cut

@@ -1,6 +1,6 @@
-"""Views: what a clip looks like each time it is shown, made on the device from the clip's uint8.
+"""Augmented views of clips, made on the device from uint8.
 
-A view is a function of (seed, clip, view number), so that a budget of views can be shown again for nothing.
+A view is deterministic in (seed, clip, view number): shown again, it is the same pixels, and its answer is cached.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ class Augmentation(NamedTuple):
     rotation: float = 15.0  # degrees, drawn from -r to r; corners become black
 
 
-def view_key(seed: int, clip_key: str, view: int, augmentation: Augmentation) -> bytes:
+def view_key(seed: int, clip_key: str, view: int, augmentation: NamedTuple) -> bytes:
     """16 bytes that name one view of one clip: equal exactly when the pixels sent would be."""
     return hashlib.blake2b(f"{seed}|{clip_key}|{view}|{tuple(augmentation)}".encode(), digest_size=16).digest()
 

@@ -2,10 +2,10 @@
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -16,6 +16,14 @@ from tqdm import tqdm
 from extraction.data.decoding import Probe, Unreadable, decode_clip, probe
 from extraction.data.folders import Video
 from extraction.errors import UserError
+
+
+class ClipShape(TypedDict):
+    """Frames, temporal stride and pixels a side of a clip."""
+
+    num_frames: int
+    stride: int
+    size: int
 
 
 class ClipRef(NamedTuple):
@@ -67,7 +75,7 @@ class Clips(Dataset):
                     starts = [round(last * (k + 0.5) / views[0]) for k in range(views[0])]
                     crops = [0.5] if views[1] == 1 else [k / (views[1] - 1) for k in range(views[1])]
                 else:
-                    starts, crops = range(0, last + 1, clip_interval or num_frames * stride), [0.5]
+                    starts, crops = list(range(0, last + 1, clip_interval or num_frames * stride)), [0.5]
                 for start in starts:
                     for crop in crops:
                         key = f"{found.fingerprint}:{start}:{num_frames}x{stride}:{size}:{crop}"
@@ -76,7 +84,7 @@ class Clips(Dataset):
         self._refuse_empty_classes(videos)
 
     def _refuse_empty_classes(self, videos: Sequence[Video]) -> None:
-        lost = {video.label for video in videos} - {window.label for window in self.refs}
+        lost = {video.label for video in videos} - {ref.label for ref in self.refs}
         for video in videos:
             if video.label in lost:
                 reason = next(reason for path, reason in self.broken if path == video.path)
@@ -87,9 +95,9 @@ class Clips(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
         """The clip as uint8 (T, H, W, 3), or the reason why it can't be had."""
-        window = self.refs[index]
+        ref = self.refs[index]
         try:
-            return index, decode_clip(window.path, window.start, self.num_frames, self.stride, self.size, window.crop)
+            return index, decode_clip(ref.path, ref.start, self.num_frames, self.stride, self.size, ref.crop)
         except Unreadable as error:
             return index, str(error)
 
@@ -121,7 +129,7 @@ def count_cores() -> int:
 
 
 def load_batches(
-    dataset: Dataset, batches: Sequence[Sequence[int]], num_workers: int, pin_memory: bool = False, prefetch: int = 2
+    dataset: Any, batches: Iterable[Sequence[int]], num_workers: int, pin_memory: bool = False, prefetch: int = 2
 ) -> DataLoader:
     """A loader that yields one `Batch` for each list of indices in `batches`, in order, decoded in `num_workers` processes.
 
@@ -131,7 +139,7 @@ def load_batches(
     num_workers = min(num_workers, count_cores())
     return DataLoader(
         dataset,
-        batch_sampler=batches,
+        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists will do
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,

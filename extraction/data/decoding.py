@@ -15,7 +15,7 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
-av.logging.set_level(None)  # what is wrong with a file is said once, by us, at the end
+av.logging.set_level(None)  # damaged files are listed once, at the end
 
 _MAX_PIXELS = 8192 * 8192
 
@@ -28,7 +28,7 @@ class Unreadable(Exception):
 
 
 class Probe(NamedTuple):
-    num_frames: int  # as the container says; a damaged file may hold fewer
+    num_frames: int  # by the container's header; a damaged file may hold fewer
     fingerprint: str  # of the file's content: its size, beginning and end
 
 
@@ -84,13 +84,13 @@ def decode_clip(
     reason = f"no frame could be decoded from frame {start} on"
     # By timestamp first; where that finds nothing (timestamps can be wrong or missing), by counting from the beginning.
     for first_frame in (_seek_quickly, _seek_frames, _count_frames) if start else (_count_frames,):
-        scaler, clip, count = VideoReformatter(), None, 0
+        scaler, clip, count = VideoReformatter(), np.empty(0, np.uint8), 0
         try:
             with av.open(str(path)) as container:
                 for number, frame in enumerate(first_frame(container, open_video_stream(container), start)):
                     if number % stride == 0:
                         picture = _to_rgb(scaler, frame, size, crop)
-                        if clip is None:
+                        if count == 0:
                             clip = np.empty((num_frames, *picture[0].shape, 3), np.uint8)
                         if picture[0].shape != clip.shape[1:3]:
                             break  # the video changes its size here
@@ -173,4 +173,5 @@ def _to_rgb(scaler: VideoReformatter, frame: av.VideoFrame, size: int | None, cr
 
 def view_plane(plane: av.video.plane.VideoPlane) -> np.ndarray:
     """A plane of a frame as an array of its bytes, without a copy."""
-    return np.ndarray((plane.height, plane.width), np.uint8, plane, strides=(plane.line_size, 1))
+    pixels = memoryview(plane)  # type: ignore[arg-type]  # PyAV's planes are buffers, its stubs don't say so
+    return np.ndarray((plane.height, plane.width), np.uint8, pixels, strides=(plane.line_size, 1))

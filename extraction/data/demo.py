@@ -295,7 +295,8 @@ def create_clip(motions: list[Motion], shapes: dict, seed: int | str, num_frames
     shake, camera = rng.randint(0, max(1, size // 48)), [(0, 0)]
     for _ in range(num_frames - 1):
         last = camera[-1]
-        camera.append(tuple(max(-margin, min(margin, c + rng.randint(-shake, shake))) for c in last))
+        x, y = (max(-margin, min(margin, c + rng.randint(-shake, shake))) for c in last)
+        camera.append((x, y))
     frames = np.stack([background[margin + y : margin + y + size, margin + x : margin + x + size] for x, y in camera]).astype(
         np.int32
     )

@@ -88,7 +88,7 @@ def find_videos(
     known = None if classes is None else {normalise_class(name): label for label, name in enumerate(classes)}
     where, videos = group_videos(root, split, listing, known)
     unknown = [name for name in videos if known is not None and normalise_class(name) not in known]
-    if unknown:
+    if unknown and classes is not None:
         raise UserError(f"{where}: {_some(unknown)} not among the victim's {len(classes)} classes; move them or rename them")
     refuse_empty_classes(where, videos)
     return sorted(
@@ -152,13 +152,13 @@ def find_aux_videos(names: Sequence[str], demo: bool = False) -> list[Video]:
 
 def _read_listing(root: Path, split: str | None, listing: str | Path, known: Container[str] | None) -> dict[str, list[Path]]:
     path = Path(listing)
-    splits, number = re.fullmatch(r"(.+?)(?::(\d+))?", str(listing)).groups()
+    splits, _, number = str(listing).rpartition(":") if re.search(r":\d+$", str(listing)) else (str(listing), "", "1")
     if path.is_file() and path.suffix == ".csv":
         videos = _read_csv(root, split, path)
     elif path.is_file():
         videos = _group(_read_paths(root, split, path, known))
     elif Path(splits).is_dir():
-        videos = _read_hmdb(_class_folders(root, None), Path(splits), number or "1", split)
+        videos = _read_hmdb(_class_folders(root, None), Path(splits), number, split)
     else:
         raise UserError(f"list {listing} not found: it names the videos of {root} to use")
     named = [video for paths in videos.values() for video in paths]
@@ -215,7 +215,7 @@ def _read_hmdb(root: Path, splits: Path, number: str, split: str | None) -> dict
     files = sorted(splits.glob(f"*{ending}"))
     if not files:
         raise UserError(f"{splits}: no file *{ending} in it; HMDB51 has the splits 1, 2 and 3, as in {splits}:2")
-    wanted, videos = {"train": "1", "val": "2", "test": "2"}.get(split, "12"), {}
+    wanted, videos = {"train": "1", "val": "2", "test": "2"}.get(split or "", "12"), {}
     for file in files:
         name = file.name.removesuffix(ending)
         marks = [line.rsplit(maxsplit=1) for line in _read_lines(file)]

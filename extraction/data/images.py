@@ -1,7 +1,7 @@
 """Clips out of still images: every picture of a clip is moved along its own smooth random path, on the device.
 
 A clip has one picture that fills the frame and, with more layers, cut-out patches of other pictures that move over it.
-Its path is a function of the view's key alone, so a view can be shown again for nothing and every frame of it differs.
+Its path is deterministic in the view's key, so that a view can be shown again, and every frame of it differs.
 """
 
 import copy
@@ -88,7 +88,7 @@ class Images(Dataset):
             why = f" ({self.broken[0][0].name}: {self.broken[0][1]})" if self.broken else ""
             raise UserError(f"{root}: no readable image in it{why}; put images there (jpg, png, ...)")
         draw = np.random.default_rng(seed)
-        self.refs = []
+        self.refs: list[ImageRef] = []
         while len(self.refs) < (num_clips or len(self.files)):
             for bottom in draw.permutation(len(self.files)).tolist():
                 pictures = (bottom, *draw.integers(len(self.files), size=num_layers - 1).tolist())
@@ -141,9 +141,9 @@ def _look_at(path: Path) -> tuple[str, str]:
 
 def read_image(path: str | Path, size: int) -> np.ndarray:
     """Read an image as uint8 (size, size, 3) RGB: short side scaled to `size`, the centre cut out. Raises what PIL does."""
-    with Image.open(path) as image:
-        image.draft("RGB", (2 * size, 2 * size))  # a JPEG can be decoded smaller, which is quicker
-        image = image.convert("RGB")
+    with Image.open(path) as file:
+        file.draft("RGB", (2 * size, 2 * size))  # a JPEG can be decoded smaller, which is quicker
+        image = file.convert("RGB")
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -155,39 +155,39 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
 
 
 def draw_uniform(keys: Sequence[bytes], count: int) -> np.ndarray:
-    """(B, count) float64 in 0..1, each row a function of its key alone."""
+    """(B, count) float64 in 0..1, each row deterministic in its key."""
     seeds = [int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "little") for key in keys]
     raw = np.stack([np.random.PCG64(seed).random_raw(count) for seed in seeds])
     return (raw >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def create_clips(pictures: Tensor, keys: Sequence[bytes], paths: Motion) -> Tensor:
+def create_clips(pictures: Tensor, keys: Sequence[bytes], motion: Motion) -> Tensor:
     """Turn uint8 (B, L, H, W, 3) pictures into the clips that `keys` name: float (B, 3, T, H, W) in [0, 1], same device."""
-    draws = torch.from_numpy(draw_uniform(keys, NUM_DRAWS * len(paths.layers)))
-    return move_pictures(pictures.permute(0, 1, 4, 2, 3).float().div_(255.0), draws, paths)
+    draws = torch.from_numpy(draw_uniform(keys, NUM_DRAWS * len(motion.layers)))
+    return move_pictures(pictures.permute(0, 1, 4, 2, 3).float().div_(255.0), draws, motion)
 
 
-def move_pictures(pictures: Tensor, draws: Tensor, paths: Motion) -> Tensor:
+def move_pictures(pictures: Tensor, draws: Tensor, motion: Motion) -> Tensor:
     """Move float (B, L, 3, H, W) pictures in [0, 1] along the paths that `draws` (B, L * NUM_DRAWS) in 0..1 describe.
 
     Returns float (B, 3, T, H, W) in [0, 1]. What a path uncovers is filled by reflection, so that no corner is black.
     """
     batch, _, _, height, width = pictures.shape
-    draws = draws.to(torch.float64).view(batch, len(paths.layers), NUM_DRAWS).to(pictures.device, non_blocking=True)
-    clips = None
-    for number, layer in enumerate(paths.layers):
+    draws = draws.to(torch.float64).view(batch, len(motion.layers), NUM_DRAWS).to(pictures.device, non_blocking=True)
+    clips = pictures.new_zeros(())
+    for number, layer in enumerate(motion.layers):
         draw = draws[:, number].unbind(1)
-        matrix = _poses(draw, layer, paths.num_frames).float()  # (B, T, 2, 3): from the frame to the picture
-        flat = [batch * paths.num_frames, 3, height, width]
+        matrix = _poses(draw, layer, motion.num_frames).float()  # (B, T, 2, 3): from the frame to the picture
+        flat = [batch * motion.num_frames, 3, height, width]
         # One tall grid a clip: all frames are sampled from one picture, without a copy of it for each frame.
         grid = F.affine_grid(matrix.flatten(0, 1), flat, align_corners=False).view(batch, -1, width, 2)
         shown = F.grid_sample(pictures[:, number], grid, "bilinear", "reflection", align_corners=False)
-        shown = shown.view(batch, 3, paths.num_frames, height, width)
+        shown = shown.view(batch, 3, motion.num_frames, height, width)
         if not layer.radius:
             clips = shown
             continue
-        cover = _cut_out(grid, draw, layer, width).view(batch, 1, paths.num_frames, height, width)
-        clips = shown * cover + (1.0 - cover) * (0.0 if clips is None else clips)
+        cover = _cut_out(grid, draw, layer, width).view(batch, 1, motion.num_frames, height, width)
+        clips = shown * cover + (1.0 - cover) * clips
     return clips.clamp_(0.0, 1.0)
 
 
@@ -269,7 +269,7 @@ def draw_texture(draw: np.random.Generator, size: int) -> np.ndarray:
     y, x = np.mgrid[0:size, 0:size] / size
     kind = draw.integers(4)
     if kind == 0:  # clouds
-        field = sum(_clouds(draw, cells, size) / weight for weight, cells in ((1, 3), (2, 7), (3, 15)))
+        field = _clouds(draw, 3, size) + _clouds(draw, 7, size) / 2 + _clouds(draw, 15, size) / 3
     elif kind == 1:  # cells around random points
         points = draw.random((int(draw.integers(8, 40)), 2))
         distances = np.sort(np.hypot(x[..., None] - points[:, 0], y[..., None] - points[:, 1]), axis=2)

@@ -9,7 +9,7 @@ from extraction import distributed
 
 
 def draw_curve(path: str | Path, history: Sequence[dict], victim_top1: float | None, chance: float, title: str) -> None:
-    """Draw accuracy and agreement against queries; against epochs for a run that pays none while it trains."""
+    """Draw accuracy and agreement against queries; against epochs for a run that asks nothing while it trains."""
     along_epochs = len({point["num_queries"] for point in history}) == 1 and "epoch" in history[0]
     axis = "epoch" if along_epochs else "num_queries"
     figure, axes = _pyplot().subplots(figsize=(7, 4.5), layout="constrained")
@@ -24,7 +24,7 @@ def draw_curve(path: str | Path, history: Sequence[dict], victim_top1: float | N
     if victim_top1 is not None:
         axes.axhline(100 * victim_top1, color="black", linestyle="--", linewidth=1, label="victim top-1")
     axes.axhline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance top-1")
-    axes.set(xlabel="queries paid" if axis == "num_queries" else "epoch", ylabel="%", ylim=(0, 102), title=title)
+    axes.set(xlabel="queries" if axis == "num_queries" else "epoch", ylabel="%", ylim=(0, 102), title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
     _save(figure, path, 120)

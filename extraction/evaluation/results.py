@@ -29,7 +29,7 @@ def finish(
 ) -> dict:
     """Save the student, draw the curve, write `results.json` and print the table. `more` goes into the results.
 
-    A student that an earlier stage paid for brings `num_queries_before`, which its file and the table count too.
+    `num_queries_before`, the queries of earlier stages, count in the student's file and in the table too.
     Returns the results. Raises BudgetExhausted, after all that, when the query budget ended the run.
     """
     clips = evaluator.clips

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from extraction.weights import write_atomically
 
 
 class Predictions(NamedTuple):
-    """What a model says of whole videos: the mean of its probabilities over the clips of each."""
+    """Predictions for whole videos: the mean of the probabilities over the clips of each."""
 
     probs: Tensor  # float32 (V, num_classes), on the CPU; all zeros for a video that could not be decoded
     labels: Tensor  # int64 (V,)
@@ -70,18 +71,18 @@ def predict_videos(
         total = torch.zeros(clips.num_videos, num_classes, device=device)
     total, counts = distributed.all_reduce_sum(total).cpu(), distributed.all_reduce_sum(counts).cpu()
     labels = torch.full((clips.num_videos,), -1)
-    for window in clips.refs:
-        labels[window.video] = window.label
+    for ref in clips.refs:
+        labels[ref.video] = ref.label
     return Predictions(
         total / counts.clamp(min=1)[:, None], labels, list(dict(distributed.gather(list(broken.items()))).items())
     )
 
 
 def video_keys(clips: Clips) -> list[bytes]:
-    """16 bytes for each video of `clips`, naming the clips it is judged by."""
+    """16 bytes for each video of `clips`, naming the clips it is scored on."""
     names = [""] * clips.num_videos
-    for window in clips.refs:
-        names[window.video] += window.key + "|"
+    for ref in clips.refs:
+        names[ref.video] += ref.key + "|"
     return [hashlib.blake2b(name.encode(), digest_size=16).digest() for name in names]
 
 
@@ -105,7 +106,7 @@ def _hits(best: Tensor, wanted: Tensor) -> float:
 
 
 def check_victim(scores: dict[str, float], num_classes: int, min_victim_top1: float | None = None) -> None:
-    """The preflight: raise UserError when a victim's `scores` on held-out clips are near chance, before a query is paid.
+    """The preflight: raise UserError when a victim's `scores` on held-out clips are near chance, before the first query.
 
     `min_victim_top1` is the least top-1 that passes, a fraction; None: three times chance, 0: anything. With fewer than
     five classes three times chance is near or above 1, so there it is half-way from chance to perfect.
@@ -116,12 +117,12 @@ def check_victim(scores: dict[str, float], num_classes: int, min_victim_top1: fl
         raise UserError(
             f"the victim names {100 * scores['top1']:.1f} % of the held-out clips right, {100 * needed:.1f} % is the least and "
             f"{100 * chance:.1f} % chance: wrong weights, wrong class order, wrong preprocessing or labels of something else; "
-            "nothing was paid (--min-victim-top1 lowers the least, 0 switches this check off)"
+            "no query was made (--min-victim-top1 lowers the least, 0 switches this check off)"
         )
 
 
 class Evaluator:
-    """Judges students on held-out clips, beside the victim's own answers to them.
+    """Scores students on held-out clips, beside the victim's own answers to them.
 
     The victim's answers here are the evaluator's, not the attacker's: unmetered, asked once before the attack, kept in the
     ledger's separate table, never trained on. `open_model` loads the bare victim when they are not kept yet.
@@ -142,15 +143,16 @@ class Evaluator:
         min_victim_top1: float | None = None,
     ):
         self.clips, self.classes, self.broken = clips, classes, list(clips.broken)
-        self._options = dict(device=device, batch_size=batch_size, num_workers=num_workers)
+        self._predict = partial(predict_videos, clips=clips, device=device, batch_size=batch_size, num_workers=num_workers)
         self.victim_probs, self.victim_scores = None, {}
         if ledger is not None:
             labels = torch.full((clips.num_videos,), -1)
-            for window in clips.refs:
-                labels[window.video] = window.label
+            for ref in clips.refs:
+                labels[ref.video] = ref.label
 
             def compute() -> Tensor:
-                return predict_videos(open_model(), clips, **self._options, desc="scoring the victim").probs
+                assert open_model is not None
+                return self._predict(open_model(), desc="scoring the victim").probs
 
             self.victim_probs = ledger.referee_answers(video_keys(clips), compute)
             self.victim_scores = score(self.victim_probs, labels)
@@ -159,9 +161,9 @@ class Evaluator:
 
     def score(self, student: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """`top1`, `top5` and, with a victim, `agreement_at_1`, `agreement_at_5` of a student in evaluation mode."""
-        said = predict_videos(student, self.clips, **self._options)
-        self.broken = said.broken
-        return score(said.probs, said.labels, self.victim_probs)
+        predictions = self._predict(student)
+        self.broken = predictions.broken
+        return score(predictions.probs, predictions.labels, self.victim_probs)
 
 
 def write_class_table(path: str | Path, probs: Tensor, labels: Tensor, classes: Sequence[str]) -> None:

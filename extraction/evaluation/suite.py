@@ -1,5 +1,6 @@
 """Many experiments one after the other, and the table of what came out, as Markdown and as a picture."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -7,12 +8,19 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
+from extraction.compute import choose_compute
+from extraction.data.clips import Clips, ClipShape
+from extraction.data.demo import write_demo_set
+from extraction.data.folders import find_videos
 from extraction.errors import UserError
 from extraction.evaluation.plots import draw_bars
 from extraction.evaluation.results import count_queries, read_results
+from extraction.evaluation.scoring import predict_videos, score
+from extraction.students import load_student
 from extraction.weights import write_atomically
 
 PROJECT = Path(__file__).parents[2]
+UNSEEN = Path("datasets/demo_unseen")  # 1 200 demo videos that no experiment's constants were settled on
 
 
 class Experiment(NamedTuple):
@@ -24,14 +32,25 @@ class Experiment(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
+def write_unseen_set() -> Path:
+    """Draw the unseen demo videos, unless they are there."""
+    return write_demo_set(UNSEEN, {"val": 100}, seed=1)
+
+
 def run_all(
-    experiments: Sequence[Experiment], out_dir: str | Path, demo: bool, seeds: Sequence[int], only: Sequence[str] = ()
+    experiments: Sequence[Experiment],
+    out_dir: str | Path,
+    demo: bool,
+    seeds: Sequence[int],
+    only: Sequence[str] = (),
+    document: str | None = None,
 ) -> str:
     """Run every experiment with every seed, each in a process and a run folder of its own: `out_dir/seed_0/name`.
 
-    What is finished is not run again, what was interrupted goes on. Writes and prints the table, and returns it. `only`
-    names the experiments to take. Raises UserError for a name that is none, and at the end, with their names, when experiments
-    failed; the others are in the table all the same.
+    What is finished is not run again; what was interrupted, or ended by its query budget, goes on. In the demo each student is
+    scored on the unseen videos too. Writes and prints the table, and returns it; `document` names a script between whose
+    markers docs/results.md gets the table. `only` names the experiments to take. Raises UserError for a name that is none, and
+    at the end, with their names, when experiments failed; the others are in the table all the same.
     """
     if not seeds:
         raise UserError("--seeds: name at least one")
@@ -43,19 +62,25 @@ def run_all(
     for seed in seeds:
         runs = Path(out_dir) / f"seed_{seed}"
         for number, (name, script, _, flags) in enumerate(experiments, 1):
-            if (runs / name / "results.json").is_file():
+            if _is_done(runs / name):
                 continue
             print(f"\n[seed {seed}, {number} of {len(experiments)}] {script} {' '.join(flags)}", flush=True)
             given = [*(["--demo"] if demo else []), *(flag.replace("{runs}", str(runs)) for flag in flags)]
             command = [sys.executable, PROJECT / script, "--out-dir", runs / name, "--seed", seed, *given]
             if subprocess.run([str(part) for part in command]).returncode:
                 failed.append(f"{name} (seed {seed})")
+    if demo:
+        for seed in seeds:
+            for experiment in experiments:
+                _score_unseen(Path(out_dir) / f"seed_{seed}" / experiment.name)
     failure = f"failed: {', '.join(failed)}; run the same again to try these once more"
     try:
         table = write_table(experiments, out_dir, seeds)
     except UserError as error:
         raise UserError(f"{error}; {failure}" if failed else str(error)) from None
     print(f"\n{table}\nin {out_dir}/table.md and table.png")
+    if document:
+        write_between_markers(PROJECT / "docs/results.md", document, table)
     if failed:
         raise UserError(failure)
     return table
@@ -71,16 +96,17 @@ def write_table(experiments: Sequence[Experiment], out_dir: str | Path, seeds: S
     some = next((results[0] for results in found.values() if results), None)
     if some is None:
         raise UserError(f"{out_dir}: no experiment has left results there")
-    lines = ["| experiment | victim | student | queries | top-1 | top-5 | agreement@1 | seconds | published top-5 / top-1 |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    head = ["experiment", "victim", "student", "queries", "top-1, unseen", "top-1", "top-5", "agreement@1", "seconds",
+            "published top-5 / top-1"]  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for experiment in experiments:
         results = found[experiment.name]
         if not results:
-            lines.append(f"| {experiment.name} | - | - | - | - | - | - | - | {experiment.published} |")
+            lines.append(f"| {experiment.name} |{' - |' * (len(head) - 2)} {experiment.published} |")
             continue
         first = results[0]
         victim = f"{first['victim']} {100 * first['victim_top1']:.1f}" if first["victim"] else "-"
-        scores = [_spread([100 * r[s] for r in results if s in r]) for s in ("top1", "top5", "agreement_at_1")]
+        scores = [_spread([100 * r[s] for r in results if s in r]) for s in ("unseen_top1", "top1", "top5", "agreement_at_1")]
         queries = _spread([float(count_queries(r)) for r in results], 0)
         seconds = _spread([r["seconds"] for r in results], 0)
         cells = [experiment.name, victim, first["student"], queries, *scores, seconds, experiment.published]
@@ -91,17 +117,50 @@ def write_table(experiments: Sequence[Experiment], out_dir: str | Path, seeds: S
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(str(s) for s in seeds)}; commit {', '.join(commits)}.\n"
     )
     write_atomically(out_dir / "table.md", lambda file: file.write(text.encode()))
-    scores = {
+    bars = {
         name: {s: mean(r[s] for r in results if s in r) for s in ("top1", "agreement_at_1") if s in results[0]}
         for name, results in found.items()
         if results
     }
-    draw_bars(out_dir / "table.png", scores, some["chance_top1"])
+    draw_bars(out_dir / "table.png", bars, some["chance_top1"])
     return text
 
 
+def _is_done(folder: Path) -> bool:
+    results = _read(folder)
+    return results is not None and results["stopped"] in ("epochs", "iterations")
+
+
 def _read(folder: Path) -> dict | None:
-    return read_results(folder) if (folder / "results.json").is_file() else None
+    """The results of a run, with its score on the unseen videos if there is one."""
+    if not (folder / "results.json").is_file():
+        return None
+    unseen = folder / "unseen.json"
+    return read_results(folder) | (json.loads(unseen.read_text()) if unseen.is_file() else {})
+
+
+def _score_unseen(folder: Path) -> None:
+    """Write `unseen.json` beside the results of a finished demo run, unless it is there."""
+    results = _read(folder)
+    if results is None or "unseen_top1" in results:
+        return
+    student, about = load_student(results["student"], folder / "student.safetensors")
+    shape = ClipShape(num_frames=about["num_frames"], stride=about["stride"], size=about["size"])
+    clips = Clips(find_videos(write_unseen_set(), about["classes"], "val"), views=(1, 1), **shape)
+    compute = choose_compute()
+    predictions = predict_videos(compute.prepare(student), clips, compute.device, desc=f"unseen videos, {folder.name}")
+    scores = dict(unseen_top1=score(predictions.probs, predictions.labels)["top1"], num_unseen_videos=clips.num_videos)
+    write_atomically(folder / "unseen.json", lambda file: file.write(json.dumps(scores).encode()))
+
+
+def write_between_markers(path: Path, name: str, text: str) -> None:
+    """Replace what is between `<!-- name -->` and `<!-- end -->` in a Markdown file. Raises UserError without these lines."""
+    old = path.read_text() if path.is_file() else ""
+    before, start, rest = old.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if not end:
+        raise UserError(f"{path}: no lines <!-- {name} --> and <!-- end --> in it, between which the table belongs")
+    write_atomically(path, lambda file: file.write(f"{before}{start}\n{text}\n{end}{after}".encode()))
 
 
 def _spread(values: Sequence[float], digits: int = 1) -> str:

@@ -10,6 +10,7 @@ Attacks keep a generator in training mode: batch normalisation then uses the bat
 batch influence each other through these. In evaluation mode clip b is a function of noise b and label b alone.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class NoiseGenerator(nn.Module):
         return (0.5 + self.std * pre_activation).clamp(0.0, 1.0)
 
 
-GENERATORS = {
+GENERATORS: dict[str, Callable[..., nn.Module]] = {
     "dvdgan": DVDGenerator,
     "dvdgan_small": partial(DVDGenerator, width=8, noise_dim=32),
     "deconv": DeconvGenerator,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from extraction.errors import UserError
-from extraction.weights import load_strictly, read_state
+from extraction.weights import fingerprint, load_strictly, read_state
 
 WEIGHTS = "weights/biggan-deep-128-pytorch_model.bin"
 _SOURCE = "https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-128-pytorch_model.bin"
@@ -41,6 +41,9 @@ DEMO_SHAPE = Shape(16, 8, 24, ((True, 16, 8), (True, 8, 4), (True, 4, 2), (False
 
 class _Norm(nn.Module):
     """Normalisation by the statistics of a truncation; scale and offset from the condition, or fixed without one."""
+
+    running_means: Tensor
+    running_vars: Tensor
 
     def __init__(self, channels: int, condition: int | None, shape: Shape):
         super().__init__()
@@ -109,7 +112,7 @@ class _Generator(nn.Module):
         first = width * shape.blocks[0][1]
         self.first, self.attention = first, shape.attention
         self.gen_z = nn.Linear(condition, 16 * first)
-        layers = [_Block(doubles, width * a, width * b, condition, shape) for doubles, a, b in shape.blocks]
+        layers: list[nn.Module] = [_Block(doubles, width * a, width * b, condition, shape) for doubles, a, b in shape.blocks]
         layers.insert(shape.attention, _Attention(width * shape.blocks[shape.attention][1]))
         self.layers = nn.ModuleList(layers)
         self.bn = _Norm(width * shape.blocks[-1][2], None, shape)
@@ -166,6 +169,13 @@ def load_biggan(weights: str | Path = WEIGHTS, shape: Shape = PUBLISHED, truncat
     net = BigGAN(shape, truncation)
     load_strictly(net, fold_spectral_norm(read_state(path)), path, "BigGAN-deep")
     return net
+
+
+def open_biggan(weights: str | None, truncation: float) -> tuple[BigGAN, str]:
+    """The generator of a weight file, or the demo's small untrained one for None; and a mark that names it in keys."""
+    if weights is None:
+        return create_demo_biggan(), "demo"
+    return load_biggan(weights, truncation=truncation), f"{fingerprint(weights)}@{truncation}"
 
 
 def create_demo_biggan(seed: int = 0) -> BigGAN:

@@ -14,6 +14,9 @@ class LayeredGenerator(nn.Module):
     front of something else is all that it knows of video.
     """
 
+    over_time: Tensor
+    rest: Tensor
+
     def __init__(
         self, num_classes: int, num_frames: int, size: int, width: int = 64, noise_dim: int = 64, grid: int = 8, knots: int = 3
     ):
@@ -22,10 +25,11 @@ class LayeredGenerator(nn.Module):
         self.shapes = [(3, grid, grid), (3, grid // 2 + 1, grid // 2 + 1), (1, grid // 2, grid // 2), (2, knots, 2, 2)]
         self.embedding = nn.Embedding(num_classes, noise_dim)
         self.hidden = nn.Linear(2 * noise_dim, 4 * width)
-        self.heads = nn.ModuleList(nn.Linear(4 * width, torch.Size(shape).numel()) for shape in self.shapes)
+        heads = [nn.Linear(4 * width, torch.Size(shape).numel()) for shape in self.shapes]
+        self.heads = nn.ModuleList(heads)
         nn.init.normal_(self.hidden.weight, std=2 * (2 * noise_dim) ** -0.5)
         # Varied from the start: two pictures of good contrast, a mask that hides some 3/4, a way of half a frame.
-        for head, scale, shift in zip(self.heads, (1.5, 1.5, 4.0, 1.0), (0.0, 0.0, -3.0, 0.0), strict=True):
+        for head, scale, shift in zip(heads, (1.5, 1.5, 4.0, 1.0), (0.0, 0.0, -3.0, 0.0), strict=True):
             nn.init.normal_(head.weight, std=scale * (4 * width) ** -0.5)
             nn.init.constant_(head.bias, shift)
         # From velocities at the knots, in half frames per frame, to shifts that count from the middle of the clip's time.

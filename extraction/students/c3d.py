@@ -13,11 +13,10 @@ class C3D(nn.Module):
 
     def __init__(self, num_classes: int):
         super().__init__()
-        for name, width_in, width in (
-            ("1", 3, 64), ("2", 64, 128), ("3a", 128, 256), ("3b", 256, 256),
-            ("4a", 256, 512), ("4b", 512, 512), ("5a", 512, 512), ("5b", 512, 512),
-        ):  # fmt: skip
-            self.add_module(f"conv{name}", nn.Conv3d(width_in, width, 3, padding=1))
+        self.conv1, self.conv2 = nn.Conv3d(3, 64, 3, padding=1), nn.Conv3d(64, 128, 3, padding=1)
+        self.conv3a, self.conv3b = nn.Conv3d(128, 256, 3, padding=1), nn.Conv3d(256, 256, 3, padding=1)
+        self.conv4a, self.conv4b = nn.Conv3d(256, 512, 3, padding=1), nn.Conv3d(512, 512, 3, padding=1)
+        self.conv5a, self.conv5b = nn.Conv3d(512, 512, 3, padding=1), nn.Conv3d(512, 512, 3, padding=1)
         self.fc6, self.fc7 = nn.Linear(8192, 4096), nn.Linear(4096, 4096)
         self.fc8 = nn.Linear(4096, num_classes)
         self.dropout = nn.Dropout(0.5)
@@ -37,13 +36,14 @@ class TinyC3D(nn.Module):
 
     def __init__(self, num_classes: int, widths: tuple[int, ...] = (16, 24, 48)):
         super().__init__()
-        stages, width_in = [], 3
+        stages: list[nn.Module] = []
+        width_in = 3
         for width in widths:
             stages += [nn.Conv3d(width_in, width, 3, padding=1, bias=False), nn.BatchNorm3d(width), nn.ReLU(inplace=True)]
             stages += [nn.MaxPool3d((1, 2, 2) if width_in == 3 else 2)]
             width_in = width
         self.stages = nn.Sequential(*stages)
-        first = self.stages[0].weight  # without a mean over time, as in `TinyR2Plus1D`: what stands still is not seen
+        first = next(self.stages.parameters())  # without a mean over time, as in `TinyR2Plus1D`: what stands still is not seen
         first.data -= first.data.mean(2, keepdim=True)
         self.fc8 = nn.Linear(width_in, num_classes)
 

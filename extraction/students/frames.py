@@ -4,6 +4,7 @@ float (N, 3, H, W), normalised -> logits (N, num_classes); `Student` averages th
 """
 
 import math
+from typing import Any
 
 from torch import nn
 
@@ -37,7 +38,7 @@ def create_vit_demo(num_classes: int) -> nn.Module:
     for module in net.blocks.modules():
         if isinstance(module, nn.Linear):  # timm's 0.02 leaves so small a network nearly linear, at chance for epochs
             nn.init.normal_(module.weight, std=1.4 / math.sqrt(module.in_features))
-    first = net.patch_embed.proj
+    first: Any = net.patch_embed.proj
     nn.init.normal_(first.weight, std=2.0 / math.sqrt(first.weight[0].numel()))
     _ignore_stills(first)
     return net
@@ -47,6 +48,7 @@ def create_resnet_demo(num_classes: int) -> nn.Module:
     """A ResNet of some 170 000 weights at 32x32 for the demo set."""
     from timm.models.resnet import BasicBlock, ResNet
 
-    net = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=num_classes, stem_width=16, channels=(16, 32, 64, 64))
+    block: Any = BasicBlock
+    net: Any = ResNet(block, (1, 1, 1, 1), num_classes=num_classes, stem_width=16, channels=(16, 32, 64, 64))
     _ignore_stills(net.conv1)
     return net

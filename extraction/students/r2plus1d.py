@@ -39,7 +39,8 @@ class FlatConv3d(nn.Conv3d):
             frames = x.transpose(1, 2).flatten(0, 1)
             y = F.conv2d(frames, weight.squeeze(2), bias, self.stride[1:], self.padding[1:])
             return y.unflatten(0, (batch, -1)).transpose(1, 2)
-        y = F.conv2d(x.flatten(3), weight.squeeze(4), bias, (self.stride[0], 1), (self.padding[0], 0))
+        padding = (int(self.padding[0]), 0)
+        y = F.conv2d(x.flatten(3), weight.squeeze(4), bias, (self.stride[0], 1), padding)
         return y.unflatten(3, (height, -1))
 
 
@@ -98,8 +99,8 @@ class TinyR2Plus1D(nn.Module):
             width_in = width
         self.stages = nn.Sequential(*stages)
         # The first filters over time start without a mean, so that what stands still is not seen. Otherwise the
-        # background drowns the motion, and a student that learns from soft answers stays at chance for many epochs.
-        first = self.stages[3].weight
+        # background hides the motion, and a student that learns from soft answers stays at chance for many epochs.
+        first = self.stages.get_parameter("3.weight")
         first.data -= first.data.mean(2, keepdim=True)
         self.fc = nn.Linear(width_in, num_classes)
 

@@ -1,12 +1,12 @@
-"""The ledger: every answer that was paid for, kept on disk as it arrives, in one SQLite file.
+"""The ledger: every answer of a victim, cached on disk as it arrives, in one SQLite file.
 
-A ledger stands in front of a victim's door. A view it knows is answered from disk and costs nothing; a new one is asked
-about, billed and kept. The answer and its bill are written in one transaction, so neither is there without the other,
+A ledger stands in front of a victim's query interface. A view it knows is answered from disk and is no query; a new one is
+asked about, counted and cached. The answer and its count are written in one transaction: neither is there without the other,
 whenever the process is killed.
 
 Probabilities are kept in 16 bits, as -log p in steps of 1/2048 (a relative error of at most 0.025 %; 0 stays 0), logits
-as float32, labels as int32. An `exact` ledger keeps probabilities as float32 too: differences between the answers to
-nearly equal clips drown in 16 bits. What a run trains on is always what the ledger holds, so a replayed answer equals the
+as float32, labels as int32. An `exact` ledger keeps probabilities as float32 too: 16 bits swamp differences between
+the answers to nearly equal clips. What a run trains on is always what the ledger holds, so a replayed answer equals the
 first bit for bit.
 """
 
@@ -34,12 +34,12 @@ CREATE TABLE IF NOT EXISTS evaluator (key BLOB PRIMARY KEY, answer BLOB NOT NULL
 _STEPS = 2048.0
 
 
-def encode_answers(answers: Tensor, surface: str) -> list[bytes]:
+def encode_answers(answers: Tensor, answer_type: str) -> list[bytes]:
     """Each row of (B, ...) answers as bytes."""
     array = answers.detach().cpu().numpy()
-    if surface == "label":
+    if answer_type == "label":
         packed = array.astype("<i4")
-    elif surface == "logits":
+    elif answer_type == "logits":
         packed = array.astype("<f4")
     else:
         with np.errstate(divide="ignore"):
@@ -48,12 +48,12 @@ def encode_answers(answers: Tensor, surface: str) -> list[bytes]:
     return [row.tobytes() for row in packed]
 
 
-def decode_answers(rows: Sequence[bytes], surface: str, decimals: int | None = None) -> Tensor:
+def decode_answers(rows: Sequence[bytes], answer_type: str, decimals: int | None = None) -> Tensor:
     """The inverse: (B,) int64 labels, or (B, num_classes) float32."""
     joined = b"".join(rows)
-    if surface == "label":
+    if answer_type == "label":
         return torch.from_numpy(np.frombuffer(joined, "<i4").astype(np.int64))
-    if surface == "logits":
+    if answer_type == "logits":
         answers = torch.from_numpy(np.frombuffer(joined, "<f4").reshape(len(rows), -1).copy())
     else:
         steps = np.frombuffer(joined, "<u2").reshape(len(rows), -1)
@@ -80,11 +80,11 @@ class Ledger:
     ):
         self.path, self.answers, self.decimals = Path(path), answers, decimals
         self._layout = "logits" if exact and answers != "label" else answers  # probabilities packed as logits are
-        self._database = None  # of several processes the first one has it
+        self._database: Any = None  # of several processes the main one has it
         kept = distributed.on_main_process(self._open)
         self._num_queries = int(kept.get("num_queries", 0))
-        paid = self._num_queries + len(self) > 0  # a run that failed before binds nobody
-        if paid:
+        used = self._num_queries + len(self) > 0  # a run that failed before its first query binds nobody
+        if used:
             self._check("answers", kept["answers"], answers)
             self._check("decimals", kept["decimals"], str(decimals))
             self._check("answers packed as", _layout(kept), self._layout)
@@ -105,7 +105,7 @@ class Ledger:
                 fingerprint=self._victim.fingerprint,
                 classes=json.dumps(self._victim.classes),
             )
-            if paid:
+            if used:
                 self._check(
                     "victim", f"{kept['victim']} ({kept['fingerprint']})", f"{about['victim']} ({about['fingerprint']})"
                 )
@@ -139,7 +139,7 @@ class Ledger:
 
     @property
     def num_queries(self) -> int:
-        """Paid answers over the whole life of the run."""
+        """Queries used, including those before a resume."""
         return self._num_queries
 
     @property
@@ -169,7 +169,7 @@ class Ledger:
         if self.query_budget is None:
             return len(keys)
         before, everyone = self._together(keys)
-        known, left, seen = self.find(everyone), self.queries_left, set()
+        known, left, seen = self.find(everyone), self.query_budget - self._num_queries, set()
         for number, key in enumerate(everyone):
             if key not in known and key not in seen:
                 if left == 0:
@@ -186,44 +186,44 @@ class Ledger:
         return sum(len(share) for rank, share in shares if rank < distributed.rank()), [k for _, share in shares for k in share]
 
     def query(self, clips: Tensor, keys: Sequence[bytes]) -> Tensor:
-        """Answer (B, 3, T, H, W) clips named by `keys`, paying for those that were never answered.
+        """Answer (B, 3, T, H, W) clips named by `keys`, asking the victim about those that have no cached answer.
 
         Returns what `Victim.query` does, on the clips' device. Raises BudgetExhausted, with nothing spent, when the new
         ones (of all processes) are more than the budget has left, and UserError when there are new ones but no victim to ask.
         """
         before, everyone = self._together(keys)
         known = self.find(everyone)
-        new = {}  # where each is first asked about
+        new: dict[bytes, int] = {}  # where each is first asked about
         for place, key in enumerate(everyone):
             if key not in known:
                 new.setdefault(key, place - before)
         if new:
-            known |= self._pay(clips, len(keys), new)
+            known |= self._ask(clips, len(keys), new)
         if not keys:  # of another process's batch
             none = torch.empty(0, dtype=torch.int64) if self.answers == "label" else torch.empty(0, self.num_classes)
             return none.to(clips.device)
         return decode_answers([known[key] for key in keys], self._layout, self.decimals).to(clips.device, non_blocking=True)
 
-    def _pay(self, clips: Tensor, count: int, new: dict[bytes, int]) -> dict[bytes, bytes]:
+    def _ask(self, clips: Tensor, count: int, new: dict[bytes, int]) -> dict[bytes, bytes]:
         if self._victim is None:
             raise UserError(f"{len(new)} views are not in {self.path}, and the victim's weights are not here to ask")
-        if self.query_budget is not None and len(new) > self.queries_left:
+        if self.queries_left is not None and len(new) > self.queries_left:
             raise BudgetExhausted(
                 f"query budget exhausted: {self.num_queries} of {self.query_budget} queries spent, "
                 f"{len(new)} more asked for; raise --query-budget to go on"
             )
         own = {key: place for key, place in new.items() if 0 <= place < count}
-        rows = []
+        pairs: list[tuple[bytes, bytes]] = []
         if own:
             chosen = clips if len(own) == len(clips) else clips[list(own.values())]
-            rows = list(zip(own, encode_answers(self._victim.query(chosen), self._layout), strict=True))
-        rows = dict(distributed.gather(rows))
+            pairs = list(zip(own, encode_answers(self._victim.query(chosen), self._layout), strict=True))
+        rows = dict(distributed.gather(pairs))
         distributed.on_main_process(lambda: self._keep(rows))  # on the disk before anyone uses them
         self._num_queries += len(rows)
         return rows
 
     def _keep(self, rows: dict[bytes, bytes]) -> None:
-        """Write new answers and their bill in one transaction."""
+        """Write new answers and their count in one transaction."""
         try:
             with self._database:
                 self._database.executemany("INSERT INTO answers (key, answer) VALUES (?, ?)", rows.items())
@@ -231,10 +231,10 @@ class Ledger:
                     "UPDATE about SET value = ? WHERE name = 'num_queries'", (str(self._num_queries + len(rows)),)
                 )
         except sqlite3.Error as error:
-            raise UserError(f"cannot write {self.path}: {error}; make room, then run again: nothing is paid twice") from None
+            raise UserError(f"cannot write {self.path}: {error}; make room, then run again: cached answers stay") from None
 
     def forget(self, before: bytes) -> None:
-        """Drop the answers whose keys sort before `before`; the bill stays.
+        """Drop the answers whose keys sort before `before`; the count stays.
 
         For loops of millions of queries whose keys begin with their step: once the state after a step is on the disk,
         what led to it is never asked for again. A crash in between leaves answers that the next call drops.
@@ -245,7 +245,7 @@ class Ledger:
             with self._database:
                 self._database.execute("DELETE FROM answers WHERE key < ?", (before,))
         except sqlite3.Error as error:
-            raise UserError(f"cannot write {self.path}: {error}; make room, then run again: nothing is paid twice") from None
+            raise UserError(f"cannot write {self.path}: {error}; make room, then run again: cached answers stay") from None
 
     def referee_answers(self, keys: Sequence[bytes], compute: Callable[[], Tensor]) -> Tensor:
         """The evaluator's own (B, num_classes) probabilities for held-out clips: unmetered, kept apart, never trained on."""
@@ -258,7 +258,7 @@ class Ledger:
         return decode_answers([known[key] for key in keys], "probs")
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
-        """All (key, encoded answer), in the order they were paid for."""
+        """All (key, encoded answer), in the order they came."""
         return iter(self._database.execute("SELECT key, answer FROM answers ORDER BY id"))
 
     def close(self) -> None:
@@ -306,23 +306,23 @@ def count(ledger: _LEDGER, /) -> int:
     database, about = _open_existing(ledger)
     rows = database.execute("SELECT count(*) FROM answers").fetchone()[0]
     victim = f"{about['victim']} ({about['fingerprint']})"
-    print(f"{rows} answers ({about['answers']}) of {victim}, {about['num_queries']} queries paid")
+    print(f"{rows} answers ({about['answers']}) of {victim}, {about['num_queries']} queries used")
     return rows
 
 
 def show(ledger: _LEDGER, /, limit: Annotated[int, tyro.conf.arg(help="How many.")] = 20) -> None:
-    """List the first answers, in the order they were paid for: key and the victim's top class."""
+    """List the first answers, in the order they came: key and the victim's top class."""
     database, about = _open_existing(ledger)
     classes = json.loads(about["classes"])
-    for key, answer in database.execute("SELECT key, answer FROM answers ORDER BY id LIMIT ?", (limit,)):
-        said = decode_answers([answer], _layout(about))[0]
-        top = int(said if about["answers"] == "label" else said.argmax())
-        share = "" if about["answers"] in ("label", "logits") else f" {100 * float(said[top]):.1f} %"
+    for key, packed in database.execute("SELECT key, answer FROM answers ORDER BY id LIMIT ?", (limit,)):
+        answer = decode_answers([packed], _layout(about))[0]
+        top = int(answer if about["answers"] == "label" else answer.argmax())
+        share = "" if about["answers"] in ("label", "logits") else f" {100 * float(answer[top]):.1f} %"
         print(f"{key.hex()}  {classes[top]}{share}")
 
 
 def verify(ledger: _LEDGER, /) -> None:
-    """Check a ledger: the file's integrity, every answer's length, and that no answer is there without its bill."""
+    """Check a ledger: the file's integrity, every answer's length, and that no answer is uncounted."""
     database, about = _open_existing(ledger)
     problems = [line for (line,) in database.execute("PRAGMA integrity_check") if line != "ok"]
     num_classes = len(json.loads(about["classes"]))
@@ -332,10 +332,10 @@ def verify(ledger: _LEDGER, /) -> None:
     if odd:
         problems.append(f"{odd} answers of another length than {width} bytes")
     if rows > int(about["num_queries"]):
-        problems.append(f"{rows} answers but only {about['num_queries']} paid")
+        problems.append(f"{rows} answers but only {about['num_queries']} queries counted")
     if problems:
         raise UserError(f"{ledger}: {'; '.join(problems)}")
-    print(f"{ledger}: {rows} answers, all whole and paid")
+    print(f"{ledger}: {rows} answers, all whole and counted")
 
 
 def export(ledger: _LEDGER, out: _OUT, /) -> None:
@@ -368,10 +368,10 @@ def export(ledger: _LEDGER, out: _OUT, /) -> None:
 
 
 def merge(into: _INTO, other: _OTHER, /) -> int:
-    """Add the answers of OTHER to the ledger INTO. Both must be of one victim and surface; the bills add up."""
+    """Add the answers of OTHER to the ledger INTO. Both must be of one victim and answer type; the counts add up."""
     (database, about), (_, theirs) = _open_existing(into), _open_existing(other)
     if Path(into).samefile(other):
-        raise UserError(f"{into} and {other} are one file; its answers are paid for once")
+        raise UserError(f"{into} and {other} are one file; its answers are counted once")
     for name in ("victim", "fingerprint", "answers", "decimals", "classes"):
         if about[name] != theirs[name]:
             raise UserError(f"{into} and {other} differ in {name}: {about[name][:60]} and {theirs[name][:60]}")
@@ -385,11 +385,11 @@ def merge(into: _INTO, other: _OTHER, /) -> int:
         database.execute("INSERT OR IGNORE INTO evaluator SELECT key, answer FROM other.evaluator")
         total = int(about["num_queries"]) + int(theirs["num_queries"])
         database.execute("UPDATE about SET value = ? WHERE name = 'num_queries'", (str(total),))
-    print(f"{added} answers added to {into}; {total} queries paid in all")
+    print(f"{added} answers added to {into}; {total} queries used in all")
     return added
 
 
 if __name__ == "__main__":
-    about = dict(prog="python -m extraction.victims.ledger", description="Look into ledgers of paid answers.")
-    commands = {"count": count, "list": show, "verify": verify, "export": export, "merge": merge}
-    run_tool(lambda: tyro.extras.subcommand_cli_from_dict(commands, **about))
+    prog = "python -m extraction.victims.ledger"
+    commands: dict[str, Callable] = {"count": count, "list": show, "verify": verify, "export": export, "merge": merge}
+    run_tool(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description="Look into ledgers of answers."))

@@ -22,7 +22,8 @@ class Recognizer(nn.Module):
 
     def __init__(self, net: nn.Module, num_classes: int, frames_first: bool):
         super().__init__()
-        self.net, self.num_classes, self.frames_first = net, num_classes, frames_first
+        self.net: Any = net
+        self.num_classes, self.frames_first = num_classes, frames_first
 
     def forward(self, clips: Tensor) -> Tensor:
         # 3D networks take (B, views, 3, T, H, W), those on frames (B, T, 3, H, W).
@@ -51,7 +52,8 @@ def load_recognizer(config: str | Path, weights: Path) -> tuple[VideoModel, list
         raise UserError(f"config {config} not found: mmaction2:<config file> names a config of mmaction2 1.x")
     described = _read_config(config)
     net = _build(config, described.model)
-    normaliser, head = net.data_preprocessor, getattr(net, "cls_head", None)
+    normaliser: Any = net.data_preprocessor
+    head = getattr(net, "cls_head", None)
     layout = getattr(normaliser, "format_shape", None)
     if head is None or layout not in ("NCTHW", "NCHW") or not hasattr(net, "extract_feat"):
         raise UserError(f"{config}: not a recogniser of RGB clips (it needs a cls_head and frames laid out as NCTHW or NCHW)")

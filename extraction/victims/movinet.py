@@ -14,7 +14,7 @@ import re
 import zipfile
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -104,11 +104,12 @@ class ConvNorm(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel=K11, stride: int = 1, groups: int = 1):
         super().__init__()
         self.in_3d = kernel[0] > 1
-        conv, strides = (nn.Conv3d, (1, stride, stride)) if self.in_3d else (nn.Conv2d, stride)
+        create: Any = nn.Conv3d if self.in_3d else nn.Conv2d
+        strides = (1, stride, stride) if self.in_3d else stride
         kernel = kernel if self.in_3d else kernel[1:]
         padding = tuple(k // 2 for k in kernel)
-        self.conv = conv(in_channels, out_channels, kernel, strides, padding, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels, eps=1e-3)
+        self.conv: Any = create(in_channels, out_channels, kernel, strides, padding, groups=groups, bias=False)
+        self.norm: Any = nn.BatchNorm2d(out_channels, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, conv = len(x), self.conv
@@ -243,7 +244,7 @@ class MoViNet(nn.Module):
             if isinstance(module, Block):
                 module.project.conv.weight.mul_(module.scale)
                 module.project.conv.bias.mul_(module.scale)
-                module.scale = None
+                module.scale = None  # type: ignore[assignment]
         return fused
 
 

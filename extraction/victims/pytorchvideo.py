@@ -1,12 +1,13 @@
 """The video models of PyTorchVideo's hub, trained on Kinetics-400, as victims: built by name, weights from a local file.
 
-Clips are prepared as the hub's documentation does it: mean 0.45 and standard deviation 0.225 per channel, so many frames
+Clips are prepared as the hub's documentation does it: mean 0.45 and standard deviation 0.225 per channel, frames
 of such a size (the configurations of PySlowFast where the hub says nothing). The classes are Kinetics-400's in
 alphabetical order.
 """
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +41,14 @@ _ALPHA = 4  # SlowFast's slow pathway sees every fourth frame of the fast one
 class HubModel(nn.Module):
     """A model of the hub: normalised (B, 3, T, H, W) -> logits (B, 400), whatever its own inputs and outputs are."""
 
-    def __init__(self, net: nn.Module, two_pathways: bool):
+    def __init__(self, net: Any, two_pathways: bool):
         super().__init__()
         self.net, self.two_pathways = net, two_pathways
         # X3D and R(2+1)D end in a softmax, whose average over positions is the published answer: its logarithm are logits.
         self.says_probs = isinstance(getattr(net.blocks[-1], "activation", None), nn.Softmax)
 
     def forward(self, clips: Tensor) -> Tensor:
-        inputs = clips
+        inputs: Any = clips
         if self.two_pathways:
             length = clips.shape[2]
             index = torch.linspace(0, length - 1, length // _ALPHA).long()  # on the CPU, where it was in training

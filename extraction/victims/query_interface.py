@@ -21,6 +21,9 @@ class VictimModel(nn.Module):
     clips outside [0, 1]: brightness from 0 to 255, or what was normalised already, would get answers that mean nothing.
     """
 
+    model: VideoModel
+    classes: tuple[str, ...]
+
     def __init__(self, model: VideoModel, classes: list[str], name: str, fingerprint: str):
         super().__init__()
         self.model, self.classes, self.name, self.fingerprint = model, tuple(classes), name, fingerprint
@@ -33,7 +36,7 @@ class VictimModel(nn.Module):
         if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):  # NaN is refused too
             raise UserError(
                 f"clips reach from {low:.4g} to {high:.4g}, a victim takes RGB in [0, 1]: divide 0..255 by 255, and leave "
-                "normalising to the victim; nothing was billed"
+                "normalising to the victim; no query was counted"
             )
         return logits
 
@@ -42,9 +45,9 @@ _answerers: "WeakKeyDictionary[Victim, Callable[[Tensor], Tensor]]" = WeakKeyDic
 
 
 class Victim:
-    """The door: `query(clips) -> answers` and the meter, nothing else. Made by `load_victim`.
+    """The query interface: `query(clips) -> answers` and the query counter, nothing else. Made by `load_victim`.
 
-    No attribute leads to the model: the door knows it through a table of this module, so that attack code cannot reach
+    No attribute leads to the model: the interface knows it through a table of this module, so that attack code cannot reach
     weights, features or gradients by accident.
     """
 
@@ -75,7 +78,7 @@ class Victim:
 
     @property
     def num_queries(self) -> int:
-        """Clips answered and billed so far."""
+        """Clips answered and counted so far."""
         return self._num_queries
 
     @property
@@ -85,14 +88,14 @@ class Victim:
 
     @torch.no_grad()
     def query(self, clips: Tensor) -> Tensor:
-        """Answer float (B, 3, T, H, W) RGB clips in [0, 1] and bill B queries.
+        """Answer float (B, 3, T, H, W) RGB clips in [0, 1]: B queries.
 
         Returns (B, num_classes) for `logits`, `probs` and `top5` (probabilities, all but the best five zero), and (B,)
         int64 for `label`. Raises BudgetExhausted, before anything is answered, when B is more than the budget has left.
         """
         if clips.ndim != 5 or clips.shape[1] != 3 or not clips.is_floating_point():
             raise ValueError(f"clips must be float (B, 3, T, H, W), not {clips.dtype} {tuple(clips.shape)}")
-        if self.query_budget is not None and len(clips) > self.queries_left:
+        if self.queries_left is not None and len(clips) > self.queries_left:
             raise BudgetExhausted(
                 f"query budget exhausted: {self.num_queries} of {self.query_budget} queries spent, "
                 f"{len(clips)} more asked for; raise --query-budget to go on"
@@ -103,7 +106,7 @@ class Victim:
 
 
 def shape_answers(logits: Tensor, answers: str, decimals: int | None = None) -> Tensor:
-    """What a surface shows of (B, num_classes) logits; see `Victim.query`. `decimals` rounds all but labels."""
+    """An answer of the type `answers` from (B, num_classes) logits; see `Victim.query`. `decimals` rounds all but labels."""
     if answers == "label":
         return logits.argmax(1)
     shown = logits if answers == "logits" else logits.softmax(1)

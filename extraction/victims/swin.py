@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,10 +53,10 @@ def _spread_weights(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=2.0 / math.sqrt(parameter[0].numel()))
         elif parameter.ndim == 2:
             nn.init.normal_(parameter, std=1.4 / math.sqrt(parameter.shape[1]))
-    nn.init.normal_(model.head.weight, std=0.02)
+    nn.init.normal_(model.get_parameter("head.weight"), std=0.02)
 
 
-_RENAMES = [
+_RENAMES: list[tuple[str, Any]] = [
     (r"^backbone\.", ""),
     (r"^cls_head\.fc_cls\.", "head."),
     (r"^norm3\.", "norm."),
@@ -112,7 +113,7 @@ class FusedSwin(nn.Module):
     def __init__(self, net: SwinTransformer3d):
         super().__init__()
         self.patch_embed, self.features, self.norm, self.head = net.patch_embed, net.features, net.norm, net.head
-        self.plans = nn.ModuleList()
+        self.plans: Any = nn.ModuleList()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed_flat(x) if x.is_cuda else self.patch_embed(x)
@@ -154,7 +155,7 @@ class FusedSwin(nn.Module):
             self._make_plan(size, precision)
         return self
 
-    def _layers(self) -> list[nn.Module]:
+    def _layers(self) -> list[Any]:
         return [layer for stage in self.features for layer in (stage if isinstance(stage, nn.Sequential) else [stage])]
 
     def _find_plan(self, size: tuple[int, int, int], precision: torch.dtype) -> "_Plan | None":
@@ -178,7 +179,8 @@ class _Plan(nn.Module):
 
     def __init__(self, layers: list[nn.Module], size: tuple[int, int, int], precision: torch.dtype):
         super().__init__()
-        self.size, self.steps = size, nn.ModuleList()
+        self.size = size
+        self.steps: Any = nn.ModuleList()
         tokens = torch.arange(math.prod(size)).view(1, -1)
         for layer in layers:
             if isinstance(layer, SwinTransformerBlock):
@@ -203,6 +205,10 @@ class _Step(nn.Module):
     `mask` (kinds, heads, places, places) is added to the scores; the first counts[0] windows are of the first kind.
     """
 
+    index: Tensor | None
+    pads: Tensor | None
+    mask: Tensor
+
     def __init__(self, before: Tensor, after: Tensor, mask: Tensor | None = None, counts: tuple[int, ...] = ()):
         super().__init__()
         place = torch.zeros_like(before.flatten()).scatter(0, before[before >= 0], torch.nonzero(before.flatten() >= 0)[:, 0])
@@ -225,7 +231,7 @@ class _Step(nn.Module):
     def blank(self, x: Tensor) -> Tensor:
         return x if self.pads is None else x.masked_fill(self.pads, 0.0)
 
-    def attend(self, attn: nn.Module, x: Tensor) -> Tensor:
+    def attend(self, attn: Any, x: Tensor) -> Tensor:
         """Attention within windows, one call per kind: the mask is the same for all clips and windows of a kind."""
         mixed = []
         for qkv, mask in zip(attn.qkv(x).split(self.counts), self.mask.split(1), strict=True):

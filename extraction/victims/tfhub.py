@@ -1,4 +1,4 @@
-"""Google's own MoViNet behind the same door: a SavedModel, queried through `tensorflow_hub.load`.
+"""Google's own MoViNet behind the same query interface: a SavedModel, queried through `tensorflow_hub.load`.
 
 It proves the PyTorch port and is 20 times slower on a CPU; for work take `movinet_a2_k600`, which reads the same file.
 A SavedModel is a program, not only weights: its graph may read and write files. Open those whose source you trust.
@@ -48,7 +48,7 @@ class SavedModel(nn.Module):
     """A SavedModel of the published signature: float (B, 3, T, H, W) in [0, 1] -> float32 logits (B, num_classes).
 
     It has no parameters and runs on the CPU; answers come back to the device of the clips. Raises UserError when the folder
-    is not such a model, before any clip is billed.
+    is not such a model, before the first query.
     """
 
     def __init__(self, folder: Path, num_classes: int):

@@ -35,7 +35,7 @@ def _published_swin(size: str) -> tuple[Callable[..., Loaded], Path, str]:
     return _loader("swin.load_swin", f"swin_{size[0]}"), Path("weights") / name, f"{_SWIN_URL}/{name}"
 
 
-# What the published MoViNets were trained on: 50 frames of so many pixels a side.
+# What the published MoViNets were trained on: 50 frames, and pixels a side.
 _MOVINETS = {"movinet_a0_k600": 172, "movinet_a1_k600": 172, "movinet_a2_k600": 224}
 
 
@@ -122,10 +122,10 @@ def load_victim(
     decimals: int | None = None,
     num_queries: int = 0,
 ) -> Victim:
-    """Open a victim's door.
+    """Open a victim's query interface.
 
-    `name` is one of `VICTIMS` or `family:member` of `FAMILIES`, `answers` the surface it shows (`logits`, `probs`,
+    `name` is one of `VICTIMS` or `family:member` of `FAMILIES`, `answers` the answer type (`logits`, `probs`,
     `top5`, `label`), `query_budget` the clips it will answer at most, `decimals` rounds what it shows, and `num_queries`
-    is what an earlier life of the run has spent already. Raises UserError when the weights are missing or not this victim's.
+    counts the queries used before a resume. Raises UserError when the weights are missing or not this victim's.
     """
     return Victim(load_model(name, weights, device), answers, query_budget, decimals, num_queries)

@@ -1,24 +1,25 @@
-"""The GPU's way through the networks and the step, on a GPU that is pretended: devices and shapes without numbers.
+"""The GPU's way through the networks and the step, on a fake GPU: devices and shapes without numbers.
 
 A tensor left on the host shows here, and a host that waits for the device; rounding and speed don't. Backward passes cannot
-be pretended.
+be faked.
 """
 
 import pytest
 import torch
-from extraction.distill import answers_to_targets, distillation_loss
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from extraction import generators
+from extraction.attacks.losses import answers_to_targets, cross_entropy, kl_divergence
 from extraction.compute import Compute
 from extraction.data.augment import Augmentation, create_views
 from extraction.network import _resize_matrix
 from extraction.students import STUDENTS, create_student
-from extraction.victims import create_network, swin
+from extraction.victims import swin
+from extraction.victims.trained import create_network
 
-BACKEND = Compute(torch.device("cpu"), torch.bfloat16, None)
+COMPUTE = Compute(torch.device("cpu"), torch.bfloat16, None)
 AUGMENTATIONS = [Augmentation(), Augmentation(rotation=0), Augmentation(0, 0, 0)]
 
 
@@ -37,16 +38,16 @@ class NobodyWaits(TorchDispatchMode):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Everything in the test's body is pretended; PyTorch is told that there is a GPU with bf16."""
+    """Everything in the test's body is fake; PyTorch is told that there is a GPU with bf16."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
     _resize_matrix.cache_clear()
     yield FakeTensorMode()
-    _resize_matrix.cache_clear()  # it holds pretended ones
+    _resize_matrix.cache_clear()  # it holds fake ones
 
 
-def pretend(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Put a model's weights on the pretended GPU, in their memory formats."""
+def fake_weights(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """Put a model's weights on the fake GPU, in their memory formats."""
     moved: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for own in (module._parameters, module._buffers):
@@ -75,7 +76,7 @@ def test_what_is_forbidden_is_seen(gpu):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_a_student_learns_without_waiting(gpu, name):
-    student = pretend(BACKEND.place(create_student(name, 12)), gpu).train()
+    student = fake_weights(COMPUTE.prepare(create_student(name, 12)), gpu).train()
     keys = [bytes([number]) * 16 for number in range(2)]
     for augmentation in AUGMENTATIONS:
         with gpu, NobodyWaits():
@@ -85,7 +86,7 @@ def test_a_student_learns_without_waiting(gpu, name):
             targets = answers_to_targets(answers, "top5", 12)
             views = create_views(clips, keys, augmentation)
             logits = student(views)
-            loss = distillation_loss(logits, targets, labels, 10.0)
+            loss = kl_divergence(logits, targets) + 10.0 * cross_entropy(logits, labels)
         assert views.shape == (2, 3, 16, 48, 48)
         assert (logits.shape, logits.dtype, loss.device.type) == ((2, 12), torch.float32, "cuda")
 
@@ -99,14 +100,14 @@ def test_a_victim_answers_without_waiting(gpu, architecture, shape):
     model.net = model.net.fuse() if architecture == "movinet_demo" else swin.FusedSwin(model.net)
     if architecture != "movinet_demo":
         model.net.prepare(*shape, torch.bfloat16)
-    pretend(BACKEND.prepare(model), gpu)
+    fake_weights(COMPUTE.prepare(model), gpu)
     with gpu, NobodyWaits(), torch.no_grad():
         assert model(torch.rand(2, 3, *shape, device="cuda")).shape == (2, 12)
 
 
 @pytest.mark.parametrize("name", generators.GENERATORS)
 def test_a_generator_draws_without_waiting(gpu, name):
-    generator = pretend(generators.create_generator(name, 12, 16, 48), gpu).train()
+    generator = fake_weights(generators.create_generator(name, 12, 16, 48), gpu).train()
     with gpu, NobodyWaits():
         noise = torch.randn(2, generator.noise_dim, device="cuda")
         clips = generator.render(generator(noise, torch.zeros(2, dtype=torch.int64, device="cuda")))

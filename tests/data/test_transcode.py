@@ -1,7 +1,6 @@
 """Transcoding a folder once, and the benchmark that says what it gains."""
 
 import multiprocessing
-import runpy
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -9,9 +8,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from test_bad_input import rotated
 
-from extraction.data.clips import decode_clip, probe
+from extraction.data.decoding import decode_clip, probe
 from extraction.data.demo import write_video
 from extraction.data.folders import find_videos
 from extraction.data.transcode import transcode, transcode_folder
@@ -40,10 +38,10 @@ def test_copies_keep_frames_and_folders(tmp_path, capsys):
     transcode_folder(str(tmp_path / "in"), str(tmp_path / "out"), short_side=32)
     copies = [tmp_path / "out" / "val" / name for name in ("one/a.mp4", "two/b.mp4")]
     assert sorted((tmp_path / "out").rglob("*.*")) == sorted([*copies, tmp_path / "out" / ".transcode.json"])
-    said = capsys.readouterr().out
-    assert "left out 1 unreadable video:" in said
-    assert "bad.mp4: Invalid data" in said
-    assert "2 of 3 videos, 2 of them made now" in said
+    out = capsys.readouterr().out
+    assert "left out 1 unreadable video:" in out
+    assert "bad.mp4: Invalid data" in out
+    assert "2 of 3 videos, 2 of them made now" in out
     for video, copy, num_frames in zip((first, second), copies, (30, 17), strict=True):
         assert probe(copy).num_frames == probe(video).num_frames == num_frames
         clip = decode_clip(copy, 9, 5)
@@ -82,8 +80,8 @@ def test_a_small_video_is_not_enlarged_and_colours_stay(tmp_path):
         assert stream.average_rate == Fraction(30000, 1001)
 
 
-def test_a_rotated_video_is_turned_upright(tmp_path):
-    rotated(tmp_path / "a.mp4", counting_video(tmp_path / "flat.mp4", side=32))
+def test_a_rotated_video_is_turned_upright(rotate_video, tmp_path):
+    rotate_video(tmp_path / "a.mp4", counting_video(tmp_path / "flat.mp4", side=32))
     transcode(tmp_path / "a.mp4", tmp_path / "b.mp4")
     with av.open(str(tmp_path / "b.mp4")) as container:
         frame = next(container.decode(video=0))
@@ -131,29 +129,7 @@ def test_bad_input_gets_one_line(tmp_path, source, out, options, line):
     for path in ("in/one/a.mp4", "twins/one/a.mp4", "twins/one/a.avi", "full/notes.txt", "empty/one/notes.txt"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-    with pytest.raises(UserError, match=line) as stop:
+    with pytest.raises(UserError, match=line) as caught:
         transcode_folder(str(tmp_path / source), str(tmp_path / out), **options)
-    assert "\n" not in str(stop.value)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_the_benchmark_runs(tmp_path, capsys):
-    counting_video(tmp_path / "in" / "one" / "a.mp4")
-    transcode_folder(str(tmp_path / "in"), str(tmp_path / "out"), short_side=32)
-    script = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "loader.py"))
-    small = dict(num_frames=4, size=32, clips=4, batch_size=2, num_workers=(0, 1), prefetch=(2,), repeats=1, device="cpu")
-    script["main"](script["Config"](str(tmp_path / "in"), transcoded=str(tmp_path / "out"), **small))
-    said = capsys.readouterr().out
-    for line in (
-        "a clip takes 0.01 MB",
-        "PyAV, bare",
-        "decode_clip",
-        "loader, 0 workers",
-        "loader, 1 worker, prefetch 2",
-        "times the",
-    ):
-        assert line in said
-    script["draw_videos"](tmp_path, 64, 48, 1, 5)
-    assert decode_clip(tmp_path / "0.mp4", 2, 3).shape == (3, 48, 64, 3)
-    with pytest.raises(UserError, match="too many for 2 batches"):
-        script["main"](script["Config"](str(tmp_path / "in"), **small | {"num_workers": (2,)}))

@@ -147,7 +147,7 @@ def test_a_flat_convolution_is_the_same_convolution(layer, compiled):
         widths.append(y.untyped_storage().nbytes() // (8 * y[:, 0].numel()))
         return y
 
-    run = torch.compile(convolve, compute="eager") if compiled else convolve
+    run = torch.compile(convolve, backend="eager") if compiled else convolve
     gradients = []
     for net, call in ((conv, conv), (flat, run)):
         x = clips.clone(memory_format=torch.preserve_format).requires_grad_()

@@ -1,4 +1,4 @@
-"""The ledger: what is paid for is kept, and never paid for again."""
+"""The ledger: every answer is kept, and no query is used twice for one clip."""
 
 import sqlite3
 import time
@@ -6,27 +6,27 @@ import time
 import numpy as np
 import pytest
 import torch
-from extraction.ledger import Ledger, decode_answers, encode_answers
 
-from extraction import ledger as ledger_module
 from extraction.errors import BudgetExhausted, UserError
-from extraction.victims import load_victim
+from extraction.victims import ledger as ledger_module
+from extraction.victims.ledger import Ledger, decode_answers, encode_answers
+from extraction.victims.zoo import load_victim
 
 
 def open_ledger(path, answers="probs", budget=None, decimals=None) -> Ledger:
-    def opener(spent):
-        return load_victim("demo_swin", answers=answers, query_budget=budget, decimals=decimals, num_queries=spent)
+    def opener(num_queries):
+        return load_victim("demo_swin", None, answers, budget, decimals=decimals, num_queries=num_queries)
 
     return Ledger(path, opener, answers, decimals)
 
 
 def without_weights(path, answers="probs") -> Ledger:
-    return Ledger(path, lambda spent: load_victim("demo_swin", "nowhere.safetensors"), answers)
+    return Ledger(path, lambda num_queries: load_victim("demo_swin", "nowhere.safetensors"), answers)
 
 
 @pytest.fixture
-def clips() -> torch.Tensor:
-    return torch.rand(5, 3, 16, 48, 48, generator=torch.Generator().manual_seed(0))
+def clips(random_clips) -> torch.Tensor:
+    return random_clips(5, 3, 16, 48, 48)
 
 
 KEYS = [bytes([k]) * 16 for k in range(5)]
@@ -47,14 +47,14 @@ def test_known_views_are_free_and_equal_to_the_bit(tmp_path, clips, answers):
     torch.testing.assert_close(mixed, truth, rtol=3e-4, atol=1e-6)
 
 
-def test_one_view_twice_in_a_batch_is_billed_once(tmp_path, clips):
+def test_one_view_twice_in_a_batch_is_counted_once(tmp_path, clips):
     ledger = open_ledger(tmp_path / "l.sqlite", budget=1)
     answers = ledger.query(clips[[0, 0]], [KEYS[0], KEYS[0]])
     assert ledger.num_queries == 1
     assert torch.equal(answers[0], answers[1])
 
 
-def test_the_budget_counts_over_all_lives(tmp_path, clips):
+def test_the_budget_counts_queries_before_a_resume(tmp_path, clips):
     ledger = open_ledger(tmp_path / "l.sqlite", budget=4)
     ledger.query(clips[:3], KEYS[:3])
     ledger.close()
@@ -69,10 +69,10 @@ def test_the_budget_counts_over_all_lives(tmp_path, clips):
 
 
 def test_a_full_ledger_needs_no_victim(tmp_path, clips, capsys):
-    paid = open_ledger(tmp_path / "l.sqlite").query(clips, KEYS)
+    answers = open_ledger(tmp_path / "l.sqlite").query(clips, KEYS)
     ledger = without_weights(tmp_path / "l.sqlite")
     assert "answering from" in capsys.readouterr().out
-    assert torch.equal(ledger.query(clips, KEYS), paid)
+    assert torch.equal(ledger.query(clips, KEYS), answers)
     assert ledger.num_classes == 12
     with pytest.raises(UserError, match="1 views are not in"):
         ledger.query(clips[:1], [b"x" * 16])
@@ -80,7 +80,7 @@ def test_a_full_ledger_needs_no_victim(tmp_path, clips, capsys):
         without_weights(tmp_path / "new.sqlite")
 
 
-def test_answers_serve_only_the_surface_they_were_bought_at(tmp_path, clips):
+def test_answers_serve_only_the_answer_type_they_were_given_at(tmp_path, clips):
     open_ledger(tmp_path / "l.sqlite", "label").query(clips, KEYS)
     with pytest.raises(UserError, match="keeps answers label, this run wants probs"):
         open_ledger(tmp_path / "l.sqlite", "probs")
@@ -89,17 +89,17 @@ def test_answers_serve_only_the_surface_they_were_bought_at(tmp_path, clips):
         open_ledger(tmp_path / "r.sqlite", "probs")
 
 
-def test_nothing_paid_binds_nobody(tmp_path, clips):
-    """Only what is paid for ties a file to a victim; the evaluator's answers of another one must not stay, though."""
+def test_without_a_query_a_ledger_is_tied_to_no_victim(tmp_path, clips):
+    """Only queries tie a file to a victim; the evaluator's answers of another one must not stay, though."""
     path = tmp_path / "l.sqlite"
     probs = torch.full((1, 12), 1 / 12)
     first = open_ledger(path, "label", decimals=None)
     first.referee_answers([b"clip"], lambda: probs)
     first.close()
-    same = open_ledger(path, "probs", decimals=2)  # the same victim through another door
+    same = open_ledger(path, "probs", decimals=2)  # the same victim through another query interface
     torch.testing.assert_close(same.referee_answers([b"clip"], lambda: pytest.fail("it was kept")), probs, rtol=1e-3, atol=0)
     same.close()
-    other = Ledger(path, lambda spent: load_victim("demo_movinet", num_queries=spent), "probs")
+    other = Ledger(path, lambda num_queries: load_victim("demo_movinet", num_queries=num_queries), "probs")
     other_probs = torch.eye(12)[:1]
     assert torch.equal(other.referee_answers([b"clip"], lambda: other_probs), other_probs)
     assert (other.victim, other.num_queries, len(other)) == ("demo_movinet", 0, 0)
@@ -107,11 +107,11 @@ def test_nothing_paid_binds_nobody(tmp_path, clips):
     other.close()
     with pytest.raises(UserError, match=r"keeps victim demo_movinet .*, this run wants demo_swin"):
         open_ledger(path)
-    again = Ledger(path, lambda spent: load_victim("demo_movinet", num_queries=spent), "probs")
+    again = Ledger(path, lambda num_queries: load_victim("demo_movinet", num_queries=num_queries), "probs")
     assert (again.num_queries, len(again)) == (5, 5)
 
 
-def test_what_was_paid_for_and_forgotten_binds(tmp_path, clips):
+def test_answers_that_were_forgotten_tie_it_too(tmp_path, clips):
     ledger = open_ledger(tmp_path / "l.sqlite")
     ledger.query(clips, KEYS)
     ledger.forget(b"\xff")
@@ -121,7 +121,7 @@ def test_what_was_paid_for_and_forgotten_binds(tmp_path, clips):
         open_ledger(tmp_path / "l.sqlite", "label")
 
 
-def test_a_run_that_pays_nothing_goes_on_without_the_victim(tmp_path):
+def test_a_run_without_queries_goes_on_without_the_victim(tmp_path):
     probs = torch.full((1, 12), 1 / 12)
     ledger = open_ledger(tmp_path / "l.sqlite")
     ledger.referee_answers([b"clip"], lambda: probs)
@@ -137,7 +137,7 @@ def test_a_file_that_is_no_ledger_gets_one_line(tmp_path):
         open_ledger(tmp_path / "l.sqlite")
 
 
-def test_an_answer_and_its_bill_are_one_transaction(tmp_path, clips):
+def test_an_answer_and_its_count_are_one_transaction(tmp_path, clips):
     ledger = open_ledger(tmp_path / "l.sqlite")
     ledger.query(clips[:2], KEYS[:2])
     ledger._database.execute("CREATE TRIGGER full BEFORE UPDATE ON about BEGIN SELECT RAISE(ABORT, 'disk is full'); END")
@@ -175,7 +175,7 @@ def test_the_tool_counts_verifies_exports_and_merges(tmp_path, clips, capsys):
     assert ledger_module.count(str(first)) == 5
     ledger_module.verify(str(first))
     ledger_module.show(str(first), limit=2)
-    assert "6 queries paid" in capsys.readouterr().out  # one view was bought twice, once into each
+    assert "6 queries used" in capsys.readouterr().out  # one view was asked about twice, once for each
     ledger_module.export(str(first), str(tmp_path / "a.npz"))
     with np.load(tmp_path / "a.npz") as file:
         assert file["keys"].tolist() == [key.hex() for key in KEYS]
@@ -185,7 +185,7 @@ def test_the_tool_counts_verifies_exports_and_merges(tmp_path, clips, capsys):
     with database:
         database.execute("UPDATE answers SET answer = substr(answer, 2) WHERE id = 1")
         database.execute("UPDATE about SET value = '4' WHERE name = 'num_queries'")
-    with pytest.raises(UserError, match=r"1 answers of another length than 24 bytes; 5 answers but only 4 paid"):
+    with pytest.raises(UserError, match=r"1 answers of another length than 24 bytes; 5 answers but only 4 queries counted"):
         ledger_module.verify(str(first))
     open_ledger(tmp_path / "labels.sqlite", "label").query(clips, KEYS)
     with pytest.raises(UserError, match="differ in answers: probs and label"):

@@ -2,6 +2,7 @@
 
 import csv
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from extraction.data.folders import find_videos, group_videos, read_classes
 from extraction.data.subsets import choose_share, write_subset
 from extraction.errors import UserError
 from extraction.students import create_student
-from extraction.victims import KNOWN_CLASSES
+from extraction.victims.classes import KNOWN_CLASSES
 from extraction.weights import save_weights
 
 
@@ -28,11 +29,55 @@ def found(root: Path, classes, split=None, listing=None) -> list[tuple[str, int]
     return [(video.path.name, video.label) for video in find_videos(root, classes, split, listing)]
 
 
-def stop_line(*args, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        find_videos(*args, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+# --- any folder ---------------------------------------------------------------------------------------------------------
+
+
+def test_folders_of_every_layout(tmp_path):
+    root = tmp_path / "kinetics"
+    for split in ("train", "val"):
+        for name in ("air_drumming", "petting animal (not cat)"):
+            (root / split / name).mkdir(parents=True)
+            (root / split / name / f"{split}.mp4").touch()
+    classes = ["petting animal (not cat)", "air drumming", "zumba"]
+    videos = find_videos(root, classes, "val")
+    assert [(v.path.name, v.label) for v in videos] == [("val.mp4", 1), ("val.mp4", 0)]
+    shutil.move(root / "train", tmp_path / "UCF-101")
+    assert [v.label for v in find_videos(tmp_path / "UCF-101", None)] == [-1, -1]
+    nested = tmp_path / "as_unpacked"
+    nested.mkdir()
+    shutil.move(tmp_path / "UCF-101", nested / "UCF-101")
+    assert len(find_videos(nested, classes)) == 2
+
+
+def test_lists_choose_and_name_what_is_missing(tmp_path):
+    (tmp_path / "a").mkdir()
+    for stem in ("x_000003_000013", "y_000000_000010"):
+        (tmp_path / "a" / f"{stem}.mp4").touch()
+    (tmp_path / "list.txt").write_text("a/x_000003_000013.mp4\n")
+    assert len(find_videos(tmp_path, ["a"], listing=tmp_path / "list.txt")) == 1
+    (tmp_path / "list.txt").write_text("a/x_000003_000013.mp4\na/gone.mp4\n")
+    with pytest.raises(UserError, match=r"1 of its 2 files missing below .*gone.mp4"):
+        find_videos(tmp_path, ["a"], listing=tmp_path / "list.txt")
+    with (tmp_path / "val.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["label", "youtube_id", "time_start", "time_end", "split"])
+        rows.writerows([["a", "x", 3, 13, "val"], ["a", "deleted", 0, 10, "val"], ["a", "y", 0, 10, "train"]])
+    assert [v.path.stem for v in find_videos(tmp_path, ["a"], "val", tmp_path / "val.csv")] == ["x_000003_000013"]
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda root: None, "belongs there; or try --demo"),
+        (lambda root: root.mkdir(), "no class folders"),
+        (lambda root: (root / "a").mkdir(parents=True), "no video in class 'a'"),
+        (lambda root: (root / "what").mkdir(parents=True), "class 'what' not among the victim's 2 classes"),
+    ],
+)
+def test_bad_folders_get_one_line(tmp_path, make, line):
+    make(tmp_path / "root")
+    with pytest.raises(UserError, match=line):
+        find_videos(tmp_path / "root", ["a", "b"])
 
 
 # --- UCF101 ----------------------------------------------------------------------------------------------------------
@@ -60,7 +105,7 @@ def ucf(tmp_path) -> Path:
     return root
 
 
-def test_ucf101_official_split(ucf):
+def test_ucf101_official_split(error_line, ucf):
     lists = ucf.parent / "ucfTrainTestlist"
     classes = read_classes(lists / "classInd.txt")
     assert classes == ["ApplyEyeMakeup", "HandstandPushups", "YoYo"]
@@ -71,11 +116,13 @@ def test_ucf101_official_split(ucf):
     assert [name[-11:-8] for name, _ in trained] == ["g08", "g09"] * 3
     assert [label for _, label in trained] == [2, 2, 1, 1, 0, 0]  # the victim's order rules, not the list's numbers
     (ucf / "YoYo" / "v_YoYo_g09_c01.avi").unlink()
-    line = stop_line(ucf, classes, listing=lists / "trainlist01.txt")
+    line = error_line(find_videos, ucf, classes, listing=lists / "trainlist01.txt")
     assert "1 of its 6 files missing below" in line
     assert "v_YoYo_g09_c01.avi" in line
-    assert "trainlist04.txt not found" in stop_line(ucf, classes, listing=lists / "trainlist04.txt")
-    assert "class 'YoYo' not among the victim's 2 classes" in stop_line(ucf, classes[:2], listing=lists / "testlist01.txt")
+    assert "trainlist04.txt not found" in error_line(find_videos, ucf, classes, listing=lists / "trainlist04.txt")
+    assert "class 'YoYo' not among the victim's 2 classes" in error_line(
+        find_videos, ucf, classes[:2], listing=lists / "testlist01.txt"
+    )
 
 
 def test_class_names_that_only_look_numbered_are_kept(tmp_path):
@@ -129,26 +176,28 @@ def test_hmdb51_official_splits(hmdb, split, number, marked):
     assert found(hmdb, ["brush hair", "clap"], split, f"{hmdb.parent}/testTrainMulti_7030_splits{number}") == expected
 
 
-def test_hmdb51_wrong_cases(hmdb):
+def test_hmdb51_wrong_cases(error_line, hmdb):
     splits, classes = hmdb.parent / "testTrainMulti_7030_splits", ["brush_hair", "clap"]
-    assert "no file *_test_split4.txt in it" in stop_line(hmdb, classes, listing=f"{splits}:4")
-    assert "nowhere:1 not found" in stop_line(hmdb, classes, listing="nowhere:1")
+    assert "no file *_test_split4.txt in it" in error_line(find_videos, hmdb, classes, listing=f"{splits}:4")
+    assert "nowhere:1 not found" in error_line(find_videos, hmdb, classes, listing="nowhere:1")
     file = splits / "clap_test_split1.txt"
     whole = file.read_text()
     file.write_text(whole.replace("goo_0.avi 1", "goo_0.avi 0"))
-    assert "no video in class 'clap'" in stop_line(hmdb, classes, "train", splits)
+    assert "no video in class 'clap'" in error_line(find_videos, hmdb, classes, "train", splits)
     file.write_text(whole + "stray line 5\n")
-    assert "clap_test_split1.txt: 'stray line 5' is not a video and its mark" in stop_line(hmdb, classes, "train", splits)
+    assert "clap_test_split1.txt: 'stray line 5' is not a video and its mark" in error_line(
+        find_videos, hmdb, classes, "train", splits
+    )
     file.write_text(whole)
     (hmdb / "clap" / "#20_Rhythm_clap_u_nm_np1_fr_goo_0.avi").unlink()
-    assert "1 of its 2 files missing below" in stop_line(hmdb, classes, "train", splits)
+    assert "1 of its 2 files missing below" in error_line(find_videos, hmdb, classes, "train", splits)
 
 
 # --- Moments in Time -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_folder", [True, False])
-def test_moments_in_time(tmp_path, with_folder):
+def test_moments_in_time(error_line, tmp_path, with_folder):
     root = tmp_path / "Moments_in_Time_256x256_30fps"
     names = ["adult+male+singing/yt-1_2.mp4", "bowing/flickr-3,4.mp4"]  # the second one has to be quoted
     for half in ("training", "validation"):
@@ -166,11 +215,11 @@ def test_moments_in_time(tmp_path, with_folder):
     assert found(root, classes, "val") == [("yt-1_2.mp4", 1), ("flickr-3,4.mp4", 0), ("unlisted.mp4", 0)]
     assert {video.path.parts[-3] for video in find_videos(root, None, "val")} == {"validation"}
     (root / "training" / names[1]).unlink()
-    assert "trainingSet.csv: 1 of its 2 files missing below" in stop_line(root, classes, "train", listing)
+    assert "trainingSet.csv: 1 of its 2 files missing below" in error_line(find_videos, root, classes, "train", listing)
     listing.write_text("class,file\nbowing,a.mp4\n")
-    assert "neither a Kinetics CSV" in stop_line(root, classes, "train", listing)
+    assert "neither a Kinetics CSV" in error_line(find_videos, root, classes, "train", listing)
     (root / "validation" / "clapping").mkdir()
-    assert "no video in class 'clapping'" in stop_line(root, [*classes, "clapping"], "val")
+    assert "no video in class 'clapping'" in error_line(find_videos, root, [*classes, "clapping"], "val")
 
 
 # --- Kinetics --------------------------------------------------------------------------------------------------------
@@ -193,7 +242,7 @@ def kinetics(tmp_path) -> Path:
     return root
 
 
-def test_kinetics_csv(kinetics):
+def test_kinetics_csv(error_line, kinetics):
     classes = ["petting animal (not cat)", "air drumming"]
     for split, half in (("train", "train"), ("val", "val")):
         videos = find_videos(kinetics, classes, split, kinetics / "all.csv")
@@ -203,13 +252,13 @@ def test_kinetics_csv(kinetics):
     assert [round(float(clips[k][1].mean()) / 40) for k in range(4)] == [1, 3, 2, 4]
     for path in (kinetics / "val").rglob("-air*"):
         path.unlink()
-    assert "no video in class 'air drumming'" in stop_line(kinetics, classes, "val", kinetics / "all.csv")
+    assert "no video in class 'air drumming'" in error_line(find_videos, kinetics, classes, "val", kinetics / "all.csv")
     (kinetics / "all.csv").write_text("label,youtube_id,time_start,time_end\nair drumming,x,three,13\n")
-    assert "all.csv: row 2 is not a row of Kinetics' CSV (air drumming, x, three, 13)" in stop_line(
-        kinetics, classes, None, kinetics / "all.csv"
+    assert "all.csv: row 2 is not a row of Kinetics' CSV (air drumming, x, three, 13)" in error_line(
+        find_videos, kinetics, classes, None, kinetics / "all.csv"
     )
     (kinetics / "all.csv").write_bytes(b"\xff\xfe\x00\x80")
-    assert "not a readable CSV" in stop_line(kinetics, classes, None, kinetics / "all.csv")
+    assert "not a readable CSV" in error_line(find_videos, kinetics, classes, None, kinetics / "all.csv")
 
 
 def test_eval_only_scores_on_kinetics_600(tmp_path, capsys):
@@ -226,8 +275,8 @@ def test_eval_only_scores_on_kinetics_600(tmp_path, capsys):
         path.parent.mkdir(parents=True)
         write_video(path, np.zeros((8, 32, 32, 3), np.uint8))
     config = eval_only.Config(
-        "r2plus1d_tiny", str(tmp_path / "student.safetensors"), str(tmp_path / "k600"), classes="k600", num_frames=8, size=32,
-        num_workers=0, device="cpu",
+        student="r2plus1d_tiny", weights=str(tmp_path / "student.safetensors"), data=str(tmp_path / "k600"), classes="k600",
+        num_frames=8, size=32, num_workers=0, device="cpu",
     )  # fmt: skip
     assert eval_only.main(config)["top1"] == 0.5
     table = (tmp_path / "student.classes.csv").read_text().splitlines()
@@ -266,7 +315,7 @@ def test_subset_takes_the_same_share_of_each_class(labelled, tmp_path, capsys):
     assert "14 of 242 videos" in capsys.readouterr().out
 
 
-def test_subset_is_a_function_of_its_seed(labelled, tmp_path):
+def test_subset_is_deterministic_in_its_seed(labelled, tmp_path):
     first = draw(labelled, tmp_path / "1.txt", share=0.1)
     assert draw(labelled, tmp_path / "2.txt", share=0.1) == first
     assert (tmp_path / "1.txt").read_bytes() == (tmp_path / "2.txt").read_bytes()

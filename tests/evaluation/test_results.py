@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from extraction.report import print_results, tabulate
 
 from extraction.errors import UserError
+from extraction.evaluation.results import print_results, tabulate
 
 RESULTS = dict(
     experiment="swin_to_r21", victim="demo_swin", victim_fingerprint="abc", victim_top1=0.979, victim_top5=1.0, student="tiny",
@@ -82,7 +82,7 @@ def test_what_is_no_run_of_a_student_gets_one_line(tmp_path, content, line):
 
 def test_the_command_line(tmp_path):
     def run(*given) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "extraction.report", *map(str, given)]
+        command = [sys.executable, "-m", "extraction.evaluation.results", *map(str, given)]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
 
     done = run(write_run(tmp_path / "a"), write_run(tmp_path / "b", **ALONE))
@@ -91,4 +91,4 @@ def test_the_command_line(tmp_path):
     assert (none.returncode, none.stderr.count("\n"), none.stdout) == (1, 1, "")
     told = run("--help")
     assert (told.returncode, told.stderr) == (0, "")
-    assert "usage: python -m extraction.report [-h] RUN" in told.stdout
+    assert "usage: python -m extraction.evaluation.results [-h] RUN" in told.stdout

@@ -1,12 +1,13 @@
 """Many experiments in one go: what is done is not done again, a failure is said and hides nothing, figures are the runs'."""
 
 import json
+from pathlib import Path
 
 import pytest
-from extraction.table import Experiment, run_all, write_table
 
-from extraction import table as table_module
 from extraction.errors import UserError
+from extraction.evaluation import suite
+from extraction.evaluation.suite import Experiment, run_all, write_between_markers, write_table
 
 SCRIPT = """
 import json, pathlib, sys
@@ -20,7 +21,9 @@ seed = int(flags["--seed"])
 results = dict(
     victim="demo_swin", victim_top1=0.979, student="tiny", num_queries=1000, num_queries_before=seed, top1=0.5 + 0.1 * seed,
     top5=0.9, agreement_at_1=0.25, seconds=3.2, num_val_videos=240, chance_top1=1 / 12, commit="abc", argv=sys.argv[1:],
+    stopped="query budget exhausted" if "--short" in flags else "epochs",
 )
+(out / "unseen.json").write_text(json.dumps(dict(unseen_top1=0.4 + 0.1 * seed)))
 (out / "results.json").write_text(json.dumps(results))
 """
 
@@ -40,12 +43,12 @@ def test_a_failure_is_named_and_only_what_is_missing_runs_again(experiments, tmp
     with pytest.raises(UserError, match=r"failed: second \(seed 0\), second \(seed 1\)"):
         run_all(experiments, runs, True, (0, 1))
     table = (runs / "table.md").read_text()
-    assert "| second | - | - | - | - | - | - | - | - / 8.3 |" in table
+    assert "| second | - | - | - | - | - | - | - | - | - / 8.3 |" in table
     (tmp_path / "fixed").touch()
     table = run_all(experiments, runs, True, (0, 1))
     assert (runs / "seed_0" / "first" / "count").read_text() == "x"
     assert (runs / "seed_0" / "second" / "count").read_text() == "xx"
-    row = "| {} | demo_swin 97.9 | tiny | 1000 ± 1 | 55.0 ± 7.1 | 90.0 | 25.0 | 3 | {} |"
+    row = "| {} | demo_swin 97.9 | tiny | 1000 ± 1 | 45.0 ± 7.1 | 55.0 ± 7.1 | 90.0 | 25.0 | 3 | {} |"
     assert row.format("first", "54.8 / 31.4") in table
     assert row.format("second", "- / 8.3") in table
     assert "240 held-out videos, chance 8.3; seeds 0, 1; commit abc." in table
@@ -67,15 +70,35 @@ def test_no_results_at_all_is_one_line(tmp_path):
 
 def test_when_everything_fails_all_are_named(experiments, tmp_path):
     never = [Experiment(name, experiments[0].script, "-", ("--fail", str(tmp_path / "never"))) for name in ("one", "two")]
-    with pytest.raises(UserError, match=r"no experiment has left results there; failed: one \(seed 3\), two \(seed 3\)") as caught:
+    with pytest.raises(
+        UserError, match=r"no experiment has left results there; failed: one \(seed 3\), two \(seed 3\)"
+    ) as caught:
         run_all(never, tmp_path / "runs", False, (3,))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_its_query_budget_ended_goes_on(experiments, tmp_path):
+    short = [Experiment("short", experiments[0].script, "-", ("--short", "yes"))]
+    for _ in range(2):
+        run_all(short, tmp_path, False, (0,))
+    assert (tmp_path / "seed_0" / "short" / "count").read_text() == "xx"
+
+
+def test_the_table_goes_between_its_markers(tmp_path):
+    page = tmp_path / "results.md"
+    page.write_text("before\n<!-- some/script.py -->\n\nold\n<!-- end -->\nafter\n<!-- end -->\n")
+    for text in ("new | new", "newer"):
+        write_between_markers(page, "some/script.py", text)
+        assert page.read_text() == f"before\n<!-- some/script.py -->\n\n{text}\n<!-- end -->\nafter\n<!-- end -->\n"
+    with pytest.raises(UserError, match=r"no lines <!-- other.py --> and <!-- end --> in it"):
+        write_between_markers(page, "other.py", "new")
+    assert "newer" in page.read_text()
 
 
 def test_scripts_are_the_projects_wherever_one_stands(experiments, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setattr(table_module, "PROJECT", tmp_path)
+    monkeypatch.setattr(suite, "PROJECT", tmp_path)
     run_all([Experiment("one", "script.py", "-")], "runs", False, (0,))
     assert (tmp_path / "elsewhere" / "runs" / "seed_0" / "one" / "results.json").is_file()
 
@@ -89,13 +112,11 @@ def test_results_cut_short_get_one_line(experiments, tmp_path):
 
 
 def test_the_tables_name_scripts_that_exist():
-    from pathlib import Path
-
     from black_box.run_all import PUBLISHED
     from grey_box.run_all import list_experiments
 
-    root = Path(__file__).parents[1]
-    assert root == table_module.PROJECT
+    root = Path(__file__).parents[2]
+    assert root == suite.PROJECT
     scripts = {e.script for e in list_experiments(True)} | {f"black_box/{name}.py" for name in PUBLISHED}
     present = {str(p.relative_to(root)) for folder in ("grey_box", "black_box") for p in (root / folder).glob("*.py")}
     assert scripts == present - {"grey_box/run_all.py", "black_box/run_all.py", "grey_box/eval_teacher.py"}

@@ -1,91 +1,13 @@
-"""The door: metered, answers only; and the published checkpoints behind it."""
-
-import gc
-import types
+"""Video Swin: the published checkpoints, and a fused network that answers as torchvision's does."""
 
 import pytest
 import torch
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
-from extraction.errors import BudgetExhausted, UserError
-from extraction.victims import ANSWERS, load_model, load_victim, shape_answers, swin
-from extraction.weights import load_strictly, read_state, save_weights
-
-
-@pytest.fixture
-def clips() -> torch.Tensor:
-    return torch.rand(6, 3, 16, 48, 48, generator=torch.Generator().manual_seed(0))
-
-
-def test_counts_each_clip_and_stops_before_the_budget_is_passed(clips):
-    victim = load_victim("demo_swin", query_budget=8)
-    victim.query(clips)
-    assert (victim.num_queries, victim.queries_left) == (6, 2)
-    with pytest.raises(BudgetExhausted, match="6 of 8 queries spent, 3 more"):
-        victim.query(clips[:3])
-    assert victim.num_queries == 6  # the refused clips were not billed
-    victim.query(clips[:2])
-    assert victim.queries_left == 0
-
-
-def test_surfaces_show_what_they_say(clips):
-    logits = load_model("demo_swin")(clips)
-    said = {surface: load_victim("demo_swin", answers=surface).query(clips) for surface in ANSWERS}
-    torch.testing.assert_close(said["logits"], logits)
-    torch.testing.assert_close(said["probs"], logits.softmax(1))
-    assert torch.equal(said["label"], logits.argmax(1))
-    assert said["label"].dtype == torch.int64
-    assert ((said["top5"] > 0).sum(1) == 5).all()
-    assert torch.equal(said["top5"].max(1).values, said["probs"].max(1).values)
-
-
-def test_rounding_hides_digits(clips):
-    said = load_victim("demo_swin", decimals=2).query(clips)
-    torch.testing.assert_close(said * 100, (said * 100).round(), atol=1e-4, rtol=0)
-    assert torch.equal(shape_answers(torch.tensor([[0.0, 3.0]]), "probs", 1), torch.tensor([[0.0, 1.0]]))
-
-
-def test_no_gradient_comes_through_the_door(clips):
-    clips.requires_grad_(True)
-    assert not load_victim("demo_swin").query(clips).requires_grad
-
-
-def test_no_attribute_of_the_door_leads_to_the_model():
-    victim = load_victim("demo_swin")
-    seen, todo = set(), [victim]
-    while todo:  # every object reachable through attributes and containers
-        thing = todo.pop()
-        if id(thing) in seen or isinstance(thing, (type, types.ModuleType, types.FunctionType)):
-            continue
-        seen.add(id(thing))
-        assert not isinstance(thing, (torch.nn.Module, torch.Tensor)), thing
-        if isinstance(thing, types.MethodType):
-            todo.append(thing.__self__)
-        elif isinstance(thing, (list, tuple, set, dict)):
-            todo += list(thing.values()) if isinstance(thing, dict) else list(thing)
-        elif not isinstance(thing, (str, int, float, type(None))):
-            names = [name for name in dir(thing) if not name.startswith("__")]
-            todo += [getattr(thing, name) for name in names]
-    gc.collect()
-
-
-@pytest.mark.parametrize(
-    ("change", "line"),
-    [
-        (dict(name="swin_x"), "no victim is called 'swin_x'"),
-        (dict(answers="everything"), "no answers are called 'everything'"),
-        (dict(query_budget=-1), "query budget -1"),
-        (dict(name="swin_t_k400"), "swin_tiny_patch244_window877_kinetics400_1k.pth"),
-        (dict(name="trained"), "--victim-weights"),
-    ],
-)
-def test_bad_arguments_get_one_line(change, line):
-    with pytest.raises(UserError, match=line) as caught:
-        load_victim(**(dict(name="demo_swin") | change))
-    assert "\n" not in str(caught.value)
-
-
-# --- the published checkpoints -------------------------------------------------------------------------------------
+from extraction.errors import UserError
+from extraction.victims import swin
+from extraction.victims.zoo import load_model
+from extraction.weights import load_strictly, save_weights
 
 
 def to_mmaction_keys(state: dict, last_norm: str) -> dict:
@@ -152,23 +74,6 @@ def test_wrong_and_truncated_checkpoints_name_the_keys(tmp_path):
         load_strictly(swin.create_swin("swin_s", 12), small, "classes.pth", "swin_s")
 
 
-class _Bomb:
-    def __reduce__(self):
-        return (open, ("/tmp/extraction-pickle-ran", "w"))
-
-
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
-    from pathlib import Path
-
-    Path("/tmp/extraction-pickle-ran").unlink(missing_ok=True)
-    torch.save({"model": _Bomb()}, tmp_path / "bomb.pth")
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
-    for name in ("bomb.pth", "module.pth"):
-        with pytest.raises(UserError, match="convert it once in a throw-away environment"):
-            read_state(tmp_path / name)
-    assert not Path("/tmp/extraction-pickle-ran").exists()
-
-
 @pytest.mark.parametrize(("num_frames", "size"), [(32, 224), (16, 224), (8, 112)])
 @pytest.mark.slow
 def test_equals_mmaction2(tmp_path, num_frames, size):
@@ -192,9 +97,6 @@ def test_equals_mmaction2(tmp_path, num_frames, size):
         expected = head(backbone(clips))
         found = load_model("swin_t_k400", tmp_path / "swin.pth").model.net(clips)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-# --- the fused Video Swin ------------------------------------------------------------------------------------------
 
 
 def create_wild_swin(architecture: str) -> SwinTransformer3d:
@@ -251,11 +153,11 @@ def test_fused_swin_keeps_what_serves_every_mode_and_precision():
     assert [plan.size for plan in fused.plans] == [(4, 12, 8)]
 
 
-@pytest.mark.parametrize("compute", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_fused_swin_compiles_to_one_graph(compute, precision):
+def test_fused_swin_compiles_to_one_graph(backend, precision):
     fused, clips = swin.FusedSwin(create_wild_swin("demo")), torch.randn(4, 3, 16, 48, 48)
-    compiled = torch.compile(fused.prepare(16, 48, 48, precision), fullgraph=True, compute=compute)
+    compiled = torch.compile(fused.prepare(16, 48, 48, precision), fullgraph=True, backend=backend)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
         for part in (clips, clips[:3]):  # the last batch of a set is smaller
             expected = fused(part).float()

@@ -21,7 +21,8 @@ from extraction.errors import UserError
 from extraction.network import VideoModel
 from extraction.victims import movinet
 from extraction.victims.movinet import MODELS, MoViNet, load_movinet_state
-from extraction.weights import read_metadata
+from extraction.victims.zoo import load_model
+from extraction.weights import read_metadata, save_weights
 
 # ---- TensorFlow's layers in float64 NumPy, channels last, reading variables by Keras name ----
 
@@ -448,9 +449,9 @@ def damage(arrays, how):
 def test_damaged_weights_are_named(tmp_path, how, words):
     path = tmp_path / "w.npz"
     np.savez(path, **damage(keras_arrays("demo"), how))
-    with pytest.raises(UserError) as stop:
+    with pytest.raises(UserError) as caught:
         load_movinet_state(path, "demo")
-    line = str(stop.value)
+    line = str(caught.value)
     assert "\n" not in line
     assert str(path) in line
     assert all(word in line for word in words), line
@@ -465,9 +466,9 @@ def test_unreadable_files_stop_in_one_line(demo, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.safetensors").write_bytes(b"\0" * 9)
     for name in ("cut.npz", "pointer", "empty", "cut.safetensors", "nowhere", "nowhere.npz", "nowhere.safetensors"):
-        with pytest.raises(UserError, match=re.escape(str(tmp_path / name))) as stop:
+        with pytest.raises(UserError, match=re.escape(str(tmp_path / name))) as caught:
             load_movinet_state(tmp_path / name)
-        assert "\n" not in str(stop.value)
+        assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="a9"):
         load_movinet_state(tmp_path / "cut.npz", "a9")
 
@@ -476,9 +477,9 @@ def test_unreadable_files_stop_in_one_line(demo, tmp_path):
 def test_without_tensorflow_its_files_say_what_to_do(tmp_path, monkeypatch, name):
     (tmp_path / name).touch()
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(UserError, match="pip install tensorflow, or convert once elsewhere: python -m") as stop:
+    with pytest.raises(UserError, match="pip install tensorflow, or convert once elsewhere: python -m") as caught:
         load_movinet_state(tmp_path)
-    assert "\n" not in str(stop.value)
+    assert "\n" not in str(caught.value)
 
 
 # ---- with TensorFlow itself ----
@@ -533,3 +534,30 @@ def test_reads_tensorflow_files(tf, demo, tmp_path, kind, generation):
     data.write_bytes(data.read_bytes()[:1000])
     with pytest.raises(UserError, match="not a readable TensorFlow checkpoint"):
         load_movinet_state(path, "demo")
+
+
+# ---- as a victim ----
+
+
+@pytest.mark.parametrize(("model_id", "size"), [("a0", 172), ("a2", 224)])
+def test_movinet_answers_queries_as_the_model_called_directly(create_random_movinet, tmp_path, model_id, size):
+    net = create_random_movinet(model_id)
+    save_weights(tmp_path / "movinet.safetensors", net.state_dict(), {})
+    name = f"movinet_{model_id}_k600"
+    model = load_model(name, tmp_path / "movinet.safetensors")
+    assert (model.model.num_frames, model.model.size, len(model.classes)) == (50, size, 600)
+    clips = random_clips(2, 3, 4, 48, 40)
+    model.model.num_frames, model.model.size = 4, None  # 50 x 224 x 224 would take seconds
+    with torch.no_grad():
+        direct = net(clips)
+        torch.testing.assert_close(model(clips), direct, atol=1e-3, rtol=1e-4)
+    assert direct.std() > 0.1
+
+
+def test_movinet_of_another_size_or_task_gets_one_line(load_error, create_random_movinet, tmp_path):
+    save_weights(tmp_path / "a0.safetensors", create_random_movinet("a0").state_dict(), {})
+    assert "not the weights of MoViNet-A2 Base" in load_error("movinet_a2_k600", tmp_path / "a0.safetensors")
+    save_weights(tmp_path / "seven.safetensors", create_random_movinet("a0", 7).state_dict(), {})
+    line = load_error("movinet_a0_k600", tmp_path / "seven.safetensors")
+    assert "the head has 7 classes, movinet_a0_k600 has 600" in line
+    assert "movinet_a2_base.tar.gz" in load_error("movinet_a2_k600")

@@ -1,0 +1,96 @@
+"""The preflight: a victim that is set up wrongly is found before the first query."""
+
+import sqlite3
+from contextlib import closing
+
+import pytest
+import torch
+
+from extraction.data.clips import Clips
+from extraction.data.folders import find_videos
+from extraction.errors import UserError
+from extraction.evaluation.scoring import Evaluator, check_victim
+from extraction.victims.ledger import Ledger
+from extraction.victims.trained import create_network
+from extraction.victims.zoo import load_model, load_victim
+
+
+def open_evaluator(demo_set, folder, classes, open_model, **options) -> Evaluator:
+    folder.mkdir(exist_ok=True)
+    clips = Clips(find_videos(demo_set, classes, "val"), views=(1, 1), num_frames=16, size=48)
+    ledger = Ledger(folder / "ledger.sqlite", lambda num_queries: load_victim("demo_swin", num_queries=num_queries), "probs")
+    try:
+        return Evaluator(clips, classes, torch.device("cpu"), 24, 0, ledger, open_model, **options)
+    finally:
+        assert ledger.num_queries == 0
+        ledger.close()
+
+
+def test_preflight_passes_the_right_victim(demo_set, tmp_path):
+    model = load_model("demo_swin")
+    assert open_evaluator(demo_set, tmp_path, model.classes, lambda: model).victim_scores["top1"] > 0.9
+
+
+def shuffle_classes(model):
+    return [model.classes[(k * 5 + 3) % 12] for k in range(12)], model
+
+
+def normalise_for_0_to_255(model):
+    """Mean and standard deviation meant for the other scale. Bare x255 this victim forgives: layer norm divides it out."""
+    model.model.mean, model.model.std = 255 * model.model.mean, 255 * model.model.std
+    return model.classes, model
+
+
+def forget_the_weights(model):
+    model.model.net = create_network("swin_demo", 12, 16, 48).net.eval()
+    return model.classes, model
+
+
+@pytest.mark.parametrize("spoil", [shuffle_classes, normalise_for_0_to_255, forget_the_weights])
+def test_preflight_refuses(demo_set, tmp_path, spoil):
+    torch.manual_seed(0)
+    classes, model = spoil(load_model("demo_swin"))
+    with pytest.raises(UserError, match="wrong weights, wrong class order, wrong preprocessing") as caught:
+        open_evaluator(demo_set, tmp_path, classes, lambda: model)
+    assert "\n" not in str(caught.value)
+    assert open_evaluator(demo_set, tmp_path, classes, lambda: model, min_victim_top1=0).victim_scores["top1"] < 0.25
+
+
+@pytest.mark.parametrize(("num_classes", "least"), [(2, 0.75), (12, 0.25), (400, 3 / 400)])
+def test_the_least_that_passes(num_classes, least):
+    check_victim({"top1": least + 1e-6}, num_classes)
+    with pytest.raises(UserError):
+        check_victim({"top1": least - 1e-6}, num_classes)
+    check_victim({"top1": 0.0}, num_classes, 0)
+    with pytest.raises(UserError):
+        check_victim({"top1": 0.79}, num_classes, 0.8)
+
+
+WRONG_SCALES = {
+    "0 to 255": (lambda clips: 255 * clips, "clips reach from 0 to 255"),
+    "normalised": (lambda clips: (clips - 0.45) / 0.225, "clips reach from -2 to 2.44"),
+    "not a number": (lambda clips: clips / clips.new_tensor(0.0), "clips reach from nan to nan"),
+}
+
+
+@pytest.mark.parametrize("spoil", WRONG_SCALES.values(), ids=WRONG_SCALES)
+def test_clips_of_another_scale_are_refused_and_not_counted(random_clips, demo_set, tmp_path, spoil):
+    change, line = spoil
+    clips = random_clips(2, 3, 16, 48, 48)
+    clips[0, 0, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    victim = load_victim("demo_swin", query_budget=4)
+    ledger = Ledger(tmp_path / "l.sqlite", lambda num_queries: victim, "probs")
+    for ask in (victim.query, lambda wrong: ledger.query(wrong, [bytes(16), bytes([1]) * 16])):
+        with pytest.raises(UserError, match=line) as caught:
+            ask(change(clips))
+        assert "\n" not in str(caught.value)
+    assert (victim.num_queries, ledger.num_queries, len(ledger)) == (0, 0, 0)
+    victim.query((clips + 5e-4).half().float())  # rounding is let through
+    assert victim.num_queries == 2
+    ledger.close()
+    # The evaluator's way in: what stands between clips and model is found before a query is counted or an answer kept.
+    model = load_model("demo_swin")
+    with pytest.raises(UserError, match="a victim takes RGB in"):
+        open_evaluator(demo_set, tmp_path / "r", model.classes, lambda: lambda clips: model(change(clips)))
+    with closing(sqlite3.connect(tmp_path / "r" / "ledger.sqlite")) as kept:
+        assert kept.execute("SELECT (SELECT count(*) FROM evaluator) + (SELECT count(*) FROM answers)").fetchone() == (0,)
