@@ -77,6 +77,8 @@ def main(config: Config) -> dict:
     named = None if config.classes is None else _read_classes(config.classes)
     compute = choose_compute(config.device, config.precision, config.compile)
     student, about = load_student(config.student, config.weights)
+    if named is not None and about.get("classes"):
+        raise UserError(f"--classes {config.classes}: the weights say their classes themselves; leave the option away")
     classes = about.get("classes") or named
     if classes is None:
         raise UserError(

@@ -8,6 +8,7 @@ The demo's victims, `extraction/victims/demo_*.safetensors`, were made by `pytho
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -64,6 +65,8 @@ class Config:
     """Brightness jitter: a factor drawn from 1 - b to 1 + b."""
     rotation: options.Rate = 8.0
     """Random rotation, in degrees, either way at most."""
+    allow_overlap: bool = False
+    """Go on when videos that score are trained on too."""
     seed: int = 0
     """Random seed: data order, augmentation and initial weights follow from it."""
     device: str = "auto"
@@ -89,9 +92,14 @@ def main(config: Config) -> dict:
     root = require_folder(config.data, "a folder of class folders of videos")
     val_root = require_folder(config.val or root, "held-out labelled videos, in class folders,")
     run = Run("train_victim", config.out_dir, config, config.checkpoint_seconds)
-    if run.finished:
-        print(f"{run.folder} is finished: top-1 {percent(run.finished['top1'])} %")
-        return run.finished
+    with run.locked():
+        if run.finished:
+            print(f"{run.folder} is finished: top-1 {percent(run.finished['top1'])} %")
+            return run.finished
+        return train(config, run, root, val_root, device)
+
+
+def train(config: Config, run: Run, root: Path, val_root: Path, device: torch.device) -> dict:
     torch.manual_seed(config.seed)
     classes = list_classes(root, "train")
     model = create_network(config.architecture, len(classes), config.num_frames, config.size).to(device)
@@ -99,7 +107,7 @@ def main(config: Config) -> dict:
     clips = Clips(find_videos(root, classes, "train", config.data_list), clip_interval=config.clip_interval, **shape)
     queries = QuerySet(clips, Augmentation(config.hflip, config.brightness, config.rotation), seed=config.seed)
     val = Clips(find_videos(val_root, classes, "val", config.val_list), views=(1, 1), **shape)
-    evaluator = Evaluator(val, classes, device, config.batch_size, config.num_workers)
+    evaluator = Evaluator(val, classes, device, config.batch_size, config.num_workers, allow_overlap=config.allow_overlap)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
     steps = config.epochs * -(-len(clips) // config.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps + 1, pct_start=0.1)
@@ -110,7 +118,7 @@ def main(config: Config) -> dict:
     for batch in training:
         loss = cross_entropy(training.forward(batch.clips), batch.labels)
         training.step(loss)
-    about = dict(architecture=config.architecture, classes=classes, num_frames=config.num_frames, size=config.size)
+    about = dict(architecture=config.architecture, classes=classes, **shape)
     save_weights(run.folder / "victim.safetensors", learned_weights(model), about)
     history = training.history
     draw_curve(run.folder / "curve.png", history, None, 1 / len(classes), "train_victim")

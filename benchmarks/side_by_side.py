@@ -10,13 +10,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from extraction import distributed
+from extraction import distributed, options
 from extraction.compute import Compute
 from extraction.errors import UserError
 from extraction.network import VideoModel
@@ -31,6 +32,36 @@ from extraction.weights import read_metadata, read_state
 Step = Callable[[], None]
 Build = Callable[[Path], Step]  # given a folder of its own
 KEPT_FLAGS = ("scale", "batch_size", "num_frames", "size", "turns", "device", "precision", "compile")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaceOptions:
+    """Rows that are timed in turns."""
+
+    scale: Literal["auto", "full", "demo"] = "auto"
+    """full, demo, or auto: full on a GPU."""
+    batch_size: options.Count | None = None
+    """Clips of a step."""
+    seconds: options.Rate = 5.0
+    """Seconds of a turn."""
+    steps: options.Count | None = None
+    """Steps of a turn, instead."""
+    turns: options.Count = 3
+    """Turns of each row; their median counts."""
+    memory: bool = True
+    """On a CPU: start each row once more, in a process of its own, for its peak memory."""
+    profile: bool = False
+    """Show where the time of our step goes, instead."""
+    alone: str | None = None
+    """Run this row alone and print its results as JSON: others of these options start it so."""
+    threads: options.Count | None = None
+    """PyTorch's threads of a row that runs alone."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto is a GPU if there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 on a GPU, else fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto is on for a GPU."""
 
 
 class Setting(NamedTuple):
@@ -50,8 +81,8 @@ SCALES = {
 }
 
 
-def choose_scale(scale: str, device: torch.device) -> str:
-    return scale if scale != "auto" else "full" if device.type == "cuda" else "demo"
+def choose_scale(config: RaceOptions, compute: Compute) -> str:
+    return config.scale if config.scale != "auto" else "full" if compute.device.type == "cuda" else "demo"
 
 
 def create_plain(setting: Setting) -> VideoModel:
@@ -137,8 +168,8 @@ def prepare_row(build: Build, folder: str, device: torch.device, threads: set[in
             torch.cuda.reset_peak_memory_stats()
             took = time_steps(step, 1, device)
             memory = torch.cuda.max_memory_allocated() - held
-        if len(threads) > 1 or not steps:  # two steps say little: at least half a second does
-            took = time_steps(step, max(1, round(0.5 / took)), device)
+        if len(threads) > 1 or not steps:  # two steps say little: at least a second does
+            took = time_steps(step, max(1, round(1 / took)), device)
         found.append((took, Row(step, steps or max(1, round(seconds / took)), number, memory)))
     return min(found, key=lambda pair: pair[0])[1]
 
@@ -159,7 +190,7 @@ def times_as_fast(seconds: Mapping[str, list[float]], name: str, base: str) -> f
 
 
 def race(
-    builds: Mapping[str, Build], config: Any, device: torch.device, script: str
+    builds: Mapping[str, Build], config: RaceOptions, device: torch.device, script: str
 ) -> tuple[dict[str, Row], dict[str, list[float]]]:
     """Time all contenders, on a CPU each at the better of one thread and all; their memory there is that of processes of
     their own, if `config.memory`."""
@@ -180,7 +211,7 @@ def race(
 # --- alone in a process ----------------------------------------------------------------------------------------------
 
 
-def run_row(builds: Mapping[str, Build], config: Any, device: torch.device) -> dict[str, float]:
+def run_row(builds: Mapping[str, Build], config: RaceOptions, device: torch.device) -> dict[str, float]:
     """What a process that runs one row reports: seconds of a step, its peak memory, and the memory before the networks."""
     if config.alone not in builds:
         raise UserError(f"--alone {config.alone}: there are {'; '.join(builds)}")
@@ -192,7 +223,7 @@ def run_row(builds: Mapping[str, Build], config: Any, device: torch.device) -> d
     return dict(seconds=seconds, memory=max(distributed.gather([memory])), before=before)
 
 
-def to_flags(config: Any, **changes: Any) -> list[str]:
+def to_flags(config: RaceOptions, **changes: Any) -> list[str]:
     """The flags of a run like this one."""
     values = {name: getattr(config, name) for name in KEPT_FLAGS if hasattr(config, name)} | changes
     return [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value is not None]

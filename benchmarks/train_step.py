@@ -19,6 +19,7 @@ use TF32 and matrix products don't, so that their share of a matrix product's pe
 answer is still on its way, at most one more than is counted.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -29,38 +30,19 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
+import side_by_side as bench
 import torch
 import torch.nn.functional as F
-from side_by_side import (
-    SCALES,
-    Build,
-    Setting,
-    Step,
-    as_in_2022,
-    choose_scale,
-    create_plain,
-    create_victim,
-    describe,
-    describe_bytes,
-    measure_matmul,
-    open_ledger,
-    prepare_row,
-    profile,
-    race,
-    run_alone,
-    run_row,
-    take_turns,
-    times_as_fast,
-    to_flags,
-)
+from side_by_side import SCALES, Build, Setting, Step
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
+from tqdm import tqdm
 
 from extraction import distributed, options
+from extraction.attacks import distill
 from extraction.attacks.distill import Training
 from extraction.attacks.losses import answers_to_targets, cross_entropy, kl_divergence
 from extraction.compute import PRECISIONS, Compute, choose_compute, choose_device
@@ -81,43 +63,27 @@ from extraction.victims.zoo import load_model
 
 AUGMENTATION, LABEL_WEIGHT, HEAD_LR, BODY_LR = Augmentation(), 10.0, 3e-5, 3e-6
 NUM_BATCHES = 2  # different ones, that come round
-NUM_STEPS = 2048  # more than are taken
+NUM_STEPS = 2048  # of an epoch; its end logs and saves
 MIN_SAME, MAX_DIVERGENCE = 0.995, 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(options.ComputeOptions):
-    scale: Literal["auto", "full", "demo"] = "auto"
-    """full, demo, or auto: full on a GPU."""
+class Config(bench.RaceOptions):
+    batch_size: int = 16
+    """Clips of a step."""
     num_frames: options.Count | None = None
     """Frames of the clips and of both networks: 32 at full size, 16 in the demo."""
     size: options.Count | None = None
     """Height and width of a clip: 224 and 48. The student's grow with them."""
-    seconds: options.Rate = 5.0
-    """Seconds of a turn."""
-    steps: options.Count | None = None
-    """Steps of a turn, instead."""
-    turns: options.Count = 3
-    """Turns of each row; their median counts."""
-    memory: bool = True
-    """On a CPU: start each row once more, in a process of its own, for its peak memory."""
     demo_set: str = "datasets/demo"
     """Where the clips are that fast and slow answers are compared on; drawn when they aren't there."""
-    profile: bool = False
-    """Show where the time of our step goes, instead."""
     growth: bool = False
-    """Show how our step grows, instead."""
+    """Show how our step grows, instead; not compiled but with --compile on, since every point would compile."""
     axes: tuple[str, ...] = ("batch_size", "num_frames", "size", "processes")
     """What --growth varies."""
     out: str = "growth.png"
     """The picture of --growth."""
-    alone: str | None = None
-    """Run this row alone and print its results as JSON: --growth and --memory start it so."""
-    threads: options.Count | None = None
-    """PyTorch's threads of a row that runs alone."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile: auto is on for a GPU, but off along --growth, where every point would compile."""
-    num_workers: int = 0
+    num_workers: options.Natural = 0
     """Loader workers of our rows; 0 is 4 on a GPU."""
 
 
@@ -161,7 +127,7 @@ def prepare_one(
 
 
 def build_legacy(config: Config, setting: Setting, compute: Compute, folder: Path, prepare: bool, save: bool) -> Step:
-    device, victim, rng = compute.device, create_plain(setting), random.Random(0)
+    device, victim, rng = compute.device, bench.create_plain(setting), random.Random(0)
     num_classes = victim.net.head.out_features
     torch.manual_seed(0)
     student = create_student(setting.student, num_classes)
@@ -195,7 +161,7 @@ def build_legacy(config: Config, setting: Setting, compute: Compute, folder: Pat
         if save:
             torch.save(student_net, folder / "student.pth")
 
-    return as_in_2022(step)
+    return bench.as_in_2022(step)
 
 
 # --- our step --------------------------------------------------------------------------------------------------------
@@ -219,7 +185,7 @@ class RandomClips(Dataset):
 
 
 def build_ours(config: Config, setting: Setting, compute: Compute, folder: Path, cached: bool, flat: bool = True) -> Step:
-    ledger, batch_size = open_ledger(folder, setting, compute), config.batch_size
+    ledger, batch_size = bench.open_ledger(folder, setting, compute), config.batch_size
     torch.manual_seed(0)
     student = create_student(setting.student, ledger.num_classes)
     student.size = setting.student_size
@@ -230,14 +196,17 @@ def build_ours(config: Config, setting: Setting, compute: Compute, folder: Path,
     optimizer = torch.optim.AdamW(student.parameter_groups(HEAD_LR, BODY_LR), fused=True)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
     clips = RandomClips(setting, batch_size, ledger.num_classes, cached)
-    queries = QuerySet(clips, AUGMENTATION)
+    queries = QuerySet(clips, AUGMENTATION, 1 if cached else None)
     for first in range(0, len(clips.clips) if cached else 0, batch_size):
         share = distributed.shard(range(first, first + batch_size))
         keys = queries.keys(share, 0)
         ledger.query(queries.views(torch.from_numpy(clips.clips[list(share)]).to(compute.device), keys), keys)
     run = Run("benchmark", folder, config, math.inf)
-    training = Training(run, student, optimizer, schedule, None, ledger, queries, 1, batch_size, config.num_workers)
+    distill.tqdm = partial(tqdm, disable=True)  # bars of contenders that take turns would overwrite one another
+    training = Training(run, student, optimizer, schedule, None, ledger, queries, 1000, batch_size, config.num_workers)
     batches = iter(training)
+    with contextlib.redirect_stdout(None):  # it says how many queries there will be at most, but it does not run to the end
+        batches = itertools.chain([next(batches)], batches)
 
     def step() -> None:
         batch = next(batches)
@@ -288,18 +257,18 @@ def count_flops(setting: Setting) -> dict[str, int]:
 
 def compare_speed(config: Config, setting: Setting, compute: Compute) -> None:
     device, flops = compute.device, count_flops(setting)
-    peaks = {precision: measure_matmul(device, precision) for precision in {torch.float32, compute.precision}}
-    rows, seconds = race(list_builds(config, setting, compute), config, device, __file__)
+    peaks = {precision: bench.measure_matmul(device, precision) for precision in {torch.float32, compute.precision}}
+    rows, seconds = bench.race(list_builds(config, setting, compute), config, device, __file__)
     columns = f"{'x networks only':>16} {'peak memory':>12} {'of the matmul peak':>19} {'threads':>8} {'steps a turn':>13}"
     print(f"{'':29} {'clips/s':>8} {'x 2022':>7} {columns}")
     for name, row in rows.items():
         rate = config.batch_size / statistics.median(seconds[name])
-        ratios = [times_as_fast(seconds, name, base) for base in ("2022", "2022, networks only")]
+        ratios = [bench.times_as_fast(seconds, name, base) for base in ("2022", "2022, networks only")]
         work = flops["student"] + (0 if "cached" in name else flops["victim"])
         share = 100 * work * rate / peaks[compute.precision if name.startswith("ours") else torch.float32]
         print(
-            f"{name:29} {rate:8.2f} {ratios[0]:7.2f} {ratios[1]:16.2f} {describe_bytes(row.memory):>12} {share:17.1f} % "
-            f"{row.threads:8} {row.steps:13}"
+            f"{name:29} {rate:8.2f} {ratios[0]:7.2f} {ratios[1]:16.2f} {bench.describe_bytes(row.memory):>12} "
+            f"{share:17.1f} % {row.threads:8} {row.steps:13}"
         )
     measured = ", ".join(f"{peak / 1e12:.2f} TFLOP/s in {str(precision)[6:]}" for precision, peak in peaks.items())
     print(
@@ -315,9 +284,9 @@ def compare_speed(config: Config, setting: Setting, compute: Compute) -> None:
 def compare_answers(setting: Setting, compute: Compute, clips: ClipDataset, count: int) -> tuple[int, float]:
     """How many of the first `count` clips have the same top class as of plain torchvision in float32, and the mean KL
     (plain || fast) in nats. The fast answers are those that a student gets: through the ledger."""
-    plain, queries, same, divergence = create_plain(setting).to(compute.device), QuerySet(clips, AUGMENTATION), 0, 0.0
+    plain, queries, same, divergence = (bench.create_plain(setting).to(compute.device), QuerySet(clips, AUGMENTATION), 0, 0.0)
     with tempfile.TemporaryDirectory() as folder:
-        ledger = open_ledger(Path(folder), setting, compute)
+        ledger = bench.open_ledger(Path(folder), setting, compute)
         for batch in load_batches(clips, [range(k, min(k + 16, count)) for k in range(0, count, 16)], 0):
             keys = queries.keys(batch.indices, 0)
             views = queries.views(batch.clips.to(compute.device), keys)
@@ -361,19 +330,19 @@ def check_answers(config: Config, setting: Setting) -> None:
 
 def show_profile(config: Config, setting: Setting, compute: Compute) -> None:
     device, flops = compute.device, count_flops(setting)
-    victim = Victim(compute.prepare(create_victim(setting)), "probs")
+    victim = Victim(compute.prepare(bench.create_victim(setting)), "probs")
     views = torch.rand(config.batch_size, 3, setting.num_frames, setting.size, setting.size, device=device)
     builds = list_builds(config, setting, compute)
     parts: dict[str, Build] = dict(victim=lambda folder: lambda: victim.query(views), student=builds["ours, cached"])
     if device.type == "cuda":  # both at once: what is left between their kernels
         parts["victim + student"], flops["victim + student"] = builds["ours, live"], sum(flops.values())
-    peak = measure_matmul(device, compute.precision)
+    peak = bench.measure_matmul(device, compute.precision)
     for name, build in parts.items():
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            row = prepare_row(build, folder, device, {torch.get_num_threads()}, config.seconds, config.steps)
-            seconds = statistics.median(take_turns({name: row}, config.turns, device)[name])
+            row = bench.prepare_row(build, folder, device, {torch.get_num_threads()}, config.seconds, config.steps)
+            seconds = statistics.median(bench.take_turns({name: row}, config.turns, device)[name])
             title = f"{name}{', with views and a ledger that knows them' if name == 'student' else ''}"
-            averages, whole = profile(row.step, row.steps, device, title)
+            averages, whole = bench.profile(row.step, row.steps, device, title)
         if device.type == "cuda":
             kernels = [e for e in averages if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
             busy = sum(kernel.self_device_time_total for kernel in kernels) / 1e6 / row.steps
@@ -401,12 +370,12 @@ def show_growth(config: Config, scale: str, setting: Setting, compute: Compute) 
             point = (axis, value) if value != usual[axis] else ()  # the usual one is on all axes
             changes = dict(seconds=config.seconds, steps=config.steps) | ({} if axis == "processes" else {axis: value})
             if point not in known:
-                known[point] = run_alone(__file__, to_flags(plain, alone="ours, live", **changes), count)
+                known[point] = bench.run_alone(__file__, bench.to_flags(plain, alone="ours, live", **changes), count)
             found, batch_size = known[point], changes.get("batch_size", config.batch_size)
             points[axis].append((value, batch_size / found["seconds"], found["memory"]))
-            print(f"{axis:10} {value:5}  {points[axis][-1][1]:8.2f}  {describe_bytes(found['memory']):>11}", flush=True)
+            print(f"{axis:10} {value:5}  {points[axis][-1][1]:8.2f}  {bench.describe_bytes(found['memory']):>11}", flush=True)
     if compute.device.type == "cpu":
-        before = describe_bytes(found["before"])
+        before = bench.describe_bytes(found["before"])
         print(f"memory is the whole process's, the largest of several; {before} of it before the networks")
     draw_growth(config.out, points)
     print(f"drawn: {config.out}")
@@ -442,17 +411,17 @@ def main(config: Config) -> None:
         compile = "on" if config.compile == "auto" and not config.growth else config.compile
         config = replace(config, compile=compile, num_workers=config.num_workers or 4)
     compute = choose_compute(config.device, config.precision, config.compile)
-    scale = choose_scale(config.scale, compute.device)
+    scale = bench.choose_scale(config, compute)
     setting = choose_setting(config, scale)
     if config.alone:
         if not config.alone.startswith("ours"):
             distributed.require_one_process(config.alone)
-        print(json.dumps(run_row(list_builds(config, setting, compute), config, compute.device)))
+        print(json.dumps(bench.run_row(list_builds(config, setting, compute), config, compute.device)))
         return
     distributed.require_one_process("a comparison")
     begin = time.perf_counter()
     networks = f"{setting.victim} into {setting.student} at {setting.student_size}"
-    print(describe(networks, (config.batch_size, setting.num_frames, setting.size, setting.size), compute), flush=True)
+    print(bench.describe(networks, (config.batch_size, setting.num_frames, setting.size, setting.size), compute), flush=True)
     if config.profile:
         show_profile(config, setting, compute)
     elif config.growth:

@@ -11,48 +11,52 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 
-from extraction.compute import choose_compute
+from extraction import options
+from extraction.compute import choose_compute, choose_device
 from extraction.errors import UserError
+from extraction.experiment import run_script
 from extraction.network import VideoModel
-from extraction.runs import check_at_least, choose_device, run_script
-from extraction.victims import KNOWN_CLASSES, VICTIMS, VictimModel, load_model, movinet, swin
+from extraction.victims import movinet, swin
+from extraction.victims.classes import KNOWN_CLASSES
+from extraction.victims.query_interface import VictimModel
+from extraction.victims.zoo import VICTIMS, load_model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     victims: tuple[str, ...] = ()
     """Time only these."""
     saved_model: str | None = None
     """Compare with this SavedModel of MoViNet-A2 (an unpacked folder) instead."""
-    batch_size: int | None = None
+    batch_size: options.Count | None = None
     """Clips of a batch; by default 16 on a GPU and for the demo's victims, else 1."""
-    repeats: int = 3
+    repeats: options.Count = 3
     """Batches timed after the first one, which warms up; the best counts."""
-    threads: int | None = None
+    threads: options.Count | None = None
     """Threads that PyTorch and TensorFlow may each use on a CPU; by default what they take."""
     device: str = "auto"
-    compile: str = "off"
+    """auto, cpu, cuda or cuda:N; auto is a GPU if there is one."""
+    compile: Literal["auto", "on", "off"] = "off"
+    """torch.compile."""
 
 
-def create_swin(architecture: str) -> VictimModel:
-    model = VideoModel(swin.FusedSwin(swin.create_swin(architecture, 400)), 32, 224, swin.MEAN, swin.STD)
-    return VictimModel(model, KNOWN_CLASSES["k400"](), architecture, "random")
+def create_random(name: str, classes: str, num_frames: int, size: int) -> VictimModel:
+    if name.startswith("swin"):
+        model = VideoModel(swin.FusedSwin(swin.create_swin(name, 400)), num_frames, size, swin.MEAN, swin.STD)
+    else:
+        model = VideoModel(movinet.MoViNet(name).eval().fuse(), num_frames, size)
+    return VictimModel(model, KNOWN_CLASSES[classes](), name, "random")
 
 
-def create_movinet(model_id: str, size: int) -> VictimModel:
-    model = VideoModel(movinet.MoViNet(model_id).eval().fuse(), 50, size)
-    return VictimModel(model, KNOWN_CLASSES["k600"](), model_id, "random")
-
-
+MOVINETS = dict(a0=172, a1=172, a2=224)
 CREATE: dict[str, Callable[[], VictimModel]] = {
     **{name: partial(load_model, name) for name in ("demo_swin", "demo_movinet") if VICTIMS[name][1].exists()},
-    **{f"{name}_k400": partial(create_swin, name) for name in ("swin_t", "swin_s", "swin_b")},
-    "movinet_a0_k600": partial(create_movinet, "a0", 172),
-    "movinet_a1_k600": partial(create_movinet, "a1", 172),
-    "movinet_a2_k600": partial(create_movinet, "a2", 224),
+    **{f"{name}_k400": partial(create_random, name, "k400", 32, 224) for name in ("swin_t", "swin_s", "swin_b")},
+    **{f"movinet_{name}_k600": partial(create_random, name, "k600", 50, size) for name, size in MOVINETS.items()},
 }
 
 
@@ -112,7 +116,7 @@ def compare(folder: str, config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    check_at_least(config, 1, "batch_size", "repeats", "threads")
+    options.check_options(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.saved_model:

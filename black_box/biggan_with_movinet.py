@@ -26,6 +26,7 @@ from extraction.attacks.embeddings import Codes, Sampling, code_size, find_codes
 from extraction.attacks.losses import kl_divergence
 from extraction.data.images import DEMO_LAYERS, Motion
 from extraction.data.queries import QuerySet
+from extraction.evaluation.results import QUERY_BUDGET
 from extraction.experiment import experiment, open_attack, run_script
 from extraction.generators.biggan import WEIGHTS, open_biggan
 from extraction.runs import Run
@@ -92,7 +93,7 @@ def main(config: Config, run: Run) -> dict:
     student = compute.prepare(create_student(config.student, victim.num_classes, config.student_weights))
     run.begin()
     motion, make_clips = Motion(config.num_frames, config.layers), partial(sample_clips, generator.to(compute.device))
-    codes, search, cut = find_codes(
+    codes, search, exhausted = find_codes(
         victim, make_clips, mark, code_size(generator, len(config.layers)), Sampling(motion), compute.device,
         num_random=config.num_random, population=config.population, num_steps=config.num_steps, step=config.search_step,
         confidence=config.confidence, codes_per_class=config.codes_per_class, seed=config.seed,
@@ -111,7 +112,7 @@ def main(config: Config, run: Run) -> dict:
     for batch in training:
         loss = kl_divergence(training.forward(batch.clips), batch.targets)
         training.step(loss)
-    stopped = f"{cut}; the student is untrained" if cut else None
+    stopped = QUERY_BUDGET if exhausted else None
     return training.finish(stopped=stopped, search=search, unreached=unreached, search_queries=search_queries)
 
 

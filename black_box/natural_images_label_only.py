@@ -34,7 +34,8 @@ from extraction.data.augment import view_key
 from extraction.data.clips import load_batches
 from extraction.data.images import DEMO_LAYERS, NUM_DRAWS, ImageRef, Images, Layer, Motion, move_pictures
 from extraction.data.queries import QuerySet
-from extraction.errors import BudgetExhausted
+from extraction.errors import UserError
+from extraction.evaluation.results import QUERY_BUDGET
 from extraction.experiment import experiment, open_attack, run_script
 from extraction.runs import Run
 from extraction.students import create_student
@@ -99,7 +100,7 @@ def main(config: Config, run: Run) -> dict:
     student = compute.prepare(create_student(config.student, victim.num_classes, config.student_weights))
     run.begin()
     motion = Motion(config.num_frames, config.layers)
-    kept, selection, cut = select_clips(config, victim, images, motion, compute.device)
+    kept, selection, exhausted = select_clips(config, victim, images, motion, compute.device)
     chosen = balance_classes(kept, config.quota, config.repeats)
     note_transfer_set(run, chosen, victim.classes)
     draws = {view_key(config.seed, candidate.ref.key, 0, motion): candidate.draws for candidate in chosen}
@@ -118,7 +119,9 @@ def main(config: Config, run: Run) -> dict:
         loss = kl_divergence(training.forward(batch.clips), batch.targets)
         training.step(loss)
     clips_per_class = {victim.classes[label]: len(clips) for label, clips in enumerate(kept)}
-    return training.finish(stopped=cut, broken=images.broken, selection=selection, clips_per_class=clips_per_class)
+    return training.finish(
+        stopped=QUERY_BUDGET if exhausted else None, broken=images.broken, selection=selection, clips_per_class=clips_per_class
+    )
 
 
 def draw_clips(pictures: Tensor, draws: np.ndarray, motion: Motion) -> Tensor:
@@ -127,14 +130,14 @@ def draw_clips(pictures: Tensor, draws: np.ndarray, motion: Motion) -> Tensor:
 
 def select_clips(
     config: Config, victim: Ledger, images: Images, motion: Motion, device: torch.device
-) -> tuple[list[list[Candidate]], list[dict], str | None]:
+) -> tuple[list[list[Candidate]], list[dict], bool]:
     """Spend the budget on finding `quota` clips of each class.
 
-    Returns the clips of each class, what was reached after each round, and the line of an exhausted budget (or None).
-    Raises BudgetExhausted when not even one clip can be asked about. Run again, it asks nothing that was answered.
+    Returns the clips of each class, what was reached after each round, and whether the budget is exhausted.
+    Raises UserError when not even one clip can be asked about. Run again, it asks nothing that was answered.
     """
     kept: list[list[Candidate]] = [[] for _ in victim.classes]
-    selection, asked, cut = [], 0, None
+    selection, asked, exhausted = [], 0, False
     draw = np.random.default_rng([config.seed, 1])
     bar = tqdm(total=config.num_explore + config.num_rounds * config.per_round, desc="asking", unit="clip", dynamic_ncols=True)
     with bar:
@@ -153,17 +156,14 @@ def select_clips(
             bar.update(len(known))
             for batch in load_batches(images.of(refs), batches, config.num_workers):
                 images.broken.extend((refs[i].path, reason) for i, reason in batch.broken)
-                affordable = victim.count_affordable([keys[i] for i in batch.indices])
+                affordable = victim.reserve([keys[i] for i in batch.indices])
                 indices = batch.indices[:affordable]
                 if indices:
                     clips = draw_clips(batch.clips[:affordable].to(device), ways[indices], motion)
                     victim.query(clips, [keys[i] for i in indices])
                     bar.update(affordable)
                 if affordable < len(batch.indices):
-                    cut = (
-                        f"query budget exhausted: {victim.num_queries} of {victim.query_budget} queries spent in round "
-                        f"{number} of {config.num_rounds}; raise --query-budget and run again to go on"
-                    )
+                    exhausted = True
                     break
             known = victim.find(keys)
             answered = [i for i, key in enumerate(keys) if key in known]
@@ -177,11 +177,12 @@ def select_clips(
             shares = dict(classes_reached=reached / len(kept), quotas_full=full / len(kept))
             selection.append(dict(num_queries=asked, **shares, kept=sum(map(len, kept))))
             bar.write(f"{asked} clips asked: {reached} of {len(kept)} classes named, {full} quotas full")
-            if cut or full == len(kept):
+            if exhausted or full == len(kept):
                 break
     if not asked:
-        raise BudgetExhausted(cut)
-    return kept, selection, cut
+        reason = "" if exhausted else f" ({images.broken[0][0].name}: {images.broken[0][1]})"
+        raise UserError(f"not one clip was answered: {'no query budget' if exhausted else 'no image can be read'}{reason}")
+    return kept, selection, exhausted
 
 
 def propose_paths(

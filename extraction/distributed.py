@@ -39,6 +39,7 @@ def start(device: str = "auto") -> None:
 
     # On GPUs tensors go round by NCCL and messages by gloo, which needn't wait for what the GPU is busy with.
     PartialState(cpu=not on_gpus, **(dict(backend="cpu:gloo,cuda:nccl") if on_gpus else {}))
+    gather([rank()])  # one that ended before all have joined would take the place where they meet with it
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for the rest of this process
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)

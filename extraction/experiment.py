@@ -17,8 +17,8 @@ from extraction.data.clips import Clips
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data.folders import find_aux_folders, find_videos, require_folder
 from extraction.data.images import write_demo_images
-from extraction.errors import BudgetExhausted, UserError
-from extraction.evaluation.results import print_results
+from extraction.errors import UserError
+from extraction.evaluation.results import QUERY_BUDGET, print_results, say_how_to_go_on
 from extraction.evaluation.scoring import Evaluator
 from extraction.options import Options, ScoredVictimOptions, VictimOptions, check_options, parse_options
 from extraction.runs import Run
@@ -46,10 +46,11 @@ def experiment(main: Callable[[Any, Run], dict]) -> Callable[[Any], dict]:
             _write_demo_data(config)
         _require_folders(config)
         run = Run(script, config.out_dir or f"runs/{script}{'_demo' * config.demo}", config, config.checkpoint_seconds)
-        if run.finished:
-            return repeat_results(run.finished)
-        torch.manual_seed(config.seed)
-        return main(config, run)
+        with run.locked():
+            if run.finished:
+                return repeat_results(run.finished)
+            torch.manual_seed(config.seed)
+            return main(config, run)
 
     return run_experiment
 
@@ -89,10 +90,10 @@ def _say_whence(config: Any) -> str:
 
 
 def repeat_results(results: dict) -> dict:
-    """Print the table of a run that has ended. Raises BudgetExhausted, as it did then, when the query budget ended it."""
+    """Print the table of a run that has ended, and how one that its query budget ended goes on."""
     print_results(results)
-    if results["stopped"] not in ("epochs", "iterations"):
-        raise BudgetExhausted(results["stopped"])
+    if results["stopped"] == QUERY_BUDGET:
+        print(say_how_to_go_on(results["num_queries"], results["query_budget"]))
     return results
 
 
@@ -127,11 +128,15 @@ def open_attack(config: Any, run: Run, *, exact: bool = False) -> Attack:
     def open_interface(num_queries: int) -> Victim:
         return Victim(load(), answers, budget, decimals, num_queries)
 
-    victim = Ledger(run.folder / "ledger.sqlite", open_interface, answers, decimals, exact)
+    ledger, sources = run.folder / "ledger.sqlite", ()
+    if isinstance(config, VictimOptions):
+        ledger, sources = Path(config.ledger or ledger), config.answers_from
+    victim = Ledger(ledger, open_interface, answers, decimals, exact, sources)
     val = Clips(find_videos(config.val, victim.classes, "val", config.val_list), views=(1, 1), **config.shape)
     evaluator = Evaluator(
-        val, victim.classes, compute.device, config.batch_size, config.num_workers, victim, load, config.min_victim_top1
-    )
+        val, victim.classes, compute.device, config.batch_size, config.num_workers, victim, load, config.min_victim_top1,
+        getattr(config, "allow_overlap", False),
+    )  # fmt: skip
     torch.manual_seed(config.seed)  # building a victim draws random numbers
     return Attack(compute, victim, evaluator)
 
@@ -139,7 +144,8 @@ def open_attack(config: Any, run: Run, *, exact: bool = False) -> Attack:
 def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None = None) -> None:
     """The command line of a script: `config_class` turned into flags, its defaults those of `demo` under --demo.
 
-    UserError becomes its one line and exit status 1, Ctrl-C exit status 130.
+    Exit statuses: 0 for a run that came to its end, its query budget's too; 1 for UserError, which becomes its one line; 130
+    after Ctrl-C; 3 when another process of the run was lost. (2 is a wrong flag.)
     """
     default = config_class(**demo) if demo and "--demo" in sys.argv[1:] else config_class()
     doc = (sys.modules[main.__module__].__doc__ or "").strip()
@@ -163,7 +169,7 @@ def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None
             raise
         if distributed.should_print("lost"):
             print(f"{Path(sys.argv[0]).name}: {lost}", file=sys.stderr)
-        distributed.exit_process(1)
+        distributed.exit_process(3)
     except KeyboardInterrupt as error:
         if distributed.should_print(str(error)):
             print(str(error) or "interrupted", file=sys.stderr)

@@ -116,7 +116,11 @@ class VictimOptions(ScoredVictimOptions):
     decimals: Annotated[int, Range(0, 9)] | None = None
     """Round the victim's numbers to this many decimals."""
     query_budget: Natural | None = None
-    """Answer at most this many clips; the student is saved and scored where the budget ends it (exit status 1)."""
+    """Answer at most this many clips; the student is saved and scored where the budget ends it."""
+    ledger: str | None = None
+    """File of cached answers, to share between runs; by default ledger.sqlite in the run's folder."""
+    answers_from: tuple[str, ...] = ()
+    """Ledgers of other runs, read in place: what they have answered is no query here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +151,8 @@ class VideoOptions:
     """Learning rate of the student's classification head (AdamW)."""
     body_lr: Rate
     """Learning rate of the layers below the head."""
+    allow_overlap: bool = False
+    """Go on when videos that score the student are trained on too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +252,8 @@ def find_annotations(config_class: type) -> dict[str, Any]:
     for owner in reversed(config_class.__mro__):
         own = typing.get_type_hints(owner, include_extras=True) if dataclasses.is_dataclass(owner) else {}
         for name in inspect.get_annotations(owner):
-            hints.setdefault(name, own[name])
+            narrowed = any(_is_choice(part) for part in (own[name], *typing.get_args(own[name])))  # fewer choices than above
+            hints[name] = own[name] if narrowed or name not in hints else hints[name]
     return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
 
 

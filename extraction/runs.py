@@ -2,11 +2,15 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,16 @@ from extraction.weights import read_checkpoint, write_atomically
 
 # Constants that may differ when a run is resumed: they change how fast it goes, not what comes out.
 _FREE = {"device", "compile", "num_workers", "checkpoint_seconds", "out_dir"}
+_LOCKS: set[int] = set()  # the lock files that this process has open
+
+
+def _close_locks() -> None:
+    while _LOCKS:
+        os.close(_LOCKS.pop())
+
+
+# A loader worker lives on for seconds after its parent was killed; with a copy of the lock it would keep the next start out.
+os.register_at_fork(after_in_child=_close_locks)
 
 
 class Run:
@@ -46,11 +60,44 @@ class Run:
         results = self.folder / "results.json"
         if not results.exists():
             return None
-        finished = json.loads(results.read_text())
+        of_an_attack = ("stopped", "num_queries") if "victim" in self.config else ()  # train_victim.py has no victim to query
+        finished = _read_json(results, "config", *of_an_attack)
         before, now = finished["config"].get("query_budget"), self.config.get("query_budget")
         if now != before and (now is None or now > finished["num_queries"]):
             return None  # it stopped for want of budget, and goes on with a larger one
         return finished
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within it the folder is this process's alone (the main one of several). Raises UserError, naming the other.
+
+        The lock is the operating system's: it goes with the process, however that ends.
+        """
+        distributed.on_main_process(self._lock)
+        try:
+            yield
+        finally:
+            if distributed.is_main_process():
+                _LOCKS.remove(self._lock_file)
+                os.close(self._lock_file)
+
+    def _lock(self) -> None:
+        path = self.folder / "run.lock"
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; choose another --out-dir") from None
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process's own: loader workers do not inherit it
+        except OSError:
+            holder = os.read(file, 200).decode(errors="replace").strip()
+            os.close(file)
+            running = f"a run is going on in it ({holder or 'another process'})"
+            raise UserError(f"{self.folder}: {running}; wait for it, or choose another --out-dir") from None
+        os.truncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._lock_file = file
+        _LOCKS.add(file)
 
     def begin(self) -> None:
         """Write `config.json`: from here on the folder belongs to a run of these constants."""
@@ -60,7 +107,7 @@ class Run:
         path = self.folder / "config.json"
         if not path.exists():
             return
-        kept = json.loads(path.read_text())
+        kept = _read_json(path)
         free = _FREE | {"query_budget"}
         other = [k for k in self.config if k not in free and kept.get(k) != self.config[k]]
         if other:
@@ -77,9 +124,18 @@ class Run:
     def load_state(self) -> dict | None:
         """The last good checkpoint, or None in a new run."""
         path = self.folder / "state.pt"
-        state = distributed.on_main_process(lambda: read_checkpoint(path) if path.exists() else None)
+        state = distributed.on_main_process(lambda: self._read_state(path) if path.exists() else None)
         if state:
             self._seconds_before, self._started = state.pop("seconds"), time.monotonic()
+        return state
+
+    def _read_state(self, path: Path) -> dict:
+        try:
+            state = read_checkpoint(path)
+        except UserError as error:
+            raise UserError(f"{error}; remove it to start again: answers stay cached in the ledger") from None
+        if not isinstance(state, dict) or "seconds" not in state:
+            raise UserError(f"{path}: not the checkpoint of a run; remove it to start again: answers stay cached in the ledger")
         return state
 
     def checkpoint_due(self) -> bool:
@@ -141,6 +197,17 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _read_json(path: Path, *names: str) -> dict:
+    """The dict of a file, with these names in it. Raises UserError."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable, damaged perhaps ({error}); remove it, or choose another --out-dir") from None
+    if not isinstance(value, dict) or not all(name in value for name in names) or not isinstance(value.get("config", {}), dict):
+        raise UserError(f"{path}: not of a run of these scripts; remove it, or choose another --out-dir")
+    return value
 
 
 def _to_json(value: Any) -> bytes:

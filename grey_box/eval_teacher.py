@@ -112,12 +112,11 @@ def main(config: Config) -> dict:
         raise UserError(f"cannot make {table.parent}: {error.strerror}; choose another --out-dir") from None
     write_class_table(table, predictions.probs, predictions.labels, victim.classes)
     chance = 1 / len(victim.classes)
-    print(f"{name}: top-1 {percent(results['top1'])} %, top-5 {percent(results['top5'])} % (chance {percent(chance)} %)")
+    shape = f"{clips.num_frames}x{clips.size}x{clips.size}"
+    scores = f"top-1 {percent(results['top1'])} %, top-5 {percent(results['top5'])} % (chance {percent(chance)} %)"
+    print(f"{name}: {scores} on clips of {shape}; attacks send clips of their own size, on which it may score otherwise")
     print(f"{clips.num_videos} videos of {root}, {config.views} views each; per class: {table}")
-    print(
-        f"{timed.clips_per_second:.1f} clips/s of {clips.num_frames}x{clips.size}x{clips.size} in the victim, "
-        f"{len(clips) / seconds:.1f} with decoding, on {compute.device}"
-    )
+    print(f"{timed.clips_per_second:.1f} clips/s in the victim, {len(clips) / seconds:.1f} with decoding, on {compute.device}")
     report_broken(predictions.broken)
     return results
 

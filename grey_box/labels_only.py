@@ -50,7 +50,9 @@ def main(config: Config, run: Run) -> dict:
     clips = Clips(videos, clip_interval=config.clip_interval, **config.shape)
     queries = QuerySet(clips, Augmentation(config.hflip, config.brightness, config.rotation), seed=config.seed)
     val = Clips(find_videos(config.val, classes, "val", config.val_list), views=(1, 1), **config.shape)
-    evaluator = Evaluator(val, classes, compute.device, config.batch_size, config.num_workers)
+    evaluator = Evaluator(
+        val, classes, compute.device, config.batch_size, config.num_workers, allow_overlap=config.allow_overlap
+    )
     student = compute.prepare(create_student(config.student, len(classes), config.student_weights))
     optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr), fused=True)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)

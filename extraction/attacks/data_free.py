@@ -23,7 +23,7 @@ from extraction.attacks.replay import Replay
 from extraction.attacks.zeroth_order import estimate_gradient
 from extraction.errors import BudgetExhausted, UserError
 from extraction.evaluation.plots import draw_queries
-from extraction.evaluation.results import finish
+from extraction.evaluation.results import QUERY_BUDGET, finish
 from extraction.evaluation.scoring import Evaluator
 from extraction.runs import Run
 from extraction.students import Student
@@ -327,7 +327,7 @@ class DataFree:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> bool:
         with self._exits:
             if isinstance(error, BudgetExhausted):
-                self.stopped = str(error)
+                self.stopped = QUERY_BUDGET
                 self.attacker.student.train()
                 self._score(self._iteration)
         return isinstance(error, BudgetExhausted)
@@ -365,13 +365,15 @@ class DataFree:
         if state is None:
             print(f"clips kept for replay take {self.attacker.replay.num_bytes / 1e6:.0f} MB of memory", flush=True)
             return 0
+        self.victim.require_count(state.get("num_queries", 0))
         self.attacker.load_state_dict(state["attacker"])
         self.history = state["history"]
         print(f"resuming {self.run.folder} at iteration {state['iteration']} of {self.iterations}", flush=True)
         return state["iteration"]
 
     def _save(self, iteration: int) -> None:
-        self.run.save_state(dict(attacker=self.attacker.state_dict(), history=self.history, iteration=iteration))
+        state = dict(attacker=self.attacker.state_dict(), num_queries=self.victim.num_queries)
+        self.run.save_state(state | dict(history=self.history, iteration=iteration))
         self.victim.forget(self.attacker.key(iteration))  # after the state is on the disk, and not those of iterations to come
 
     def _score(self, iteration: int) -> None:

@@ -29,7 +29,7 @@ from extraction.data.clips import Batch, load_batches
 from extraction.data.queries import QuerySet
 from extraction.errors import UserError
 from extraction.evaluation.plots import draw_queries
-from extraction.evaluation.results import finish
+from extraction.evaluation.results import QUERY_BUDGET, finish
 from extraction.evaluation.scoring import Evaluator
 from extraction.network import VideoModel
 from extraction.runs import Run
@@ -55,7 +55,7 @@ class Training:
     `schedule` steps each batch; a plateau schedule is given the mean loss of the last 100 batches. `victim=None` trains on
     true labels alone. `prefetch_answers` asks about the next batch while the student learns from this one. `clips.png` in the
     run's folder shows the first batch as the victim saw it. `history` has a dict per evaluation, `stopped` what ended the
-    run: "epochs", or the line of an exhausted budget.
+    run: "epochs" or "query budget".
 
     Resumes from the run's checkpoint, bitwise reproducible on a CPU. Of several processes (`extraction.distributed`) each takes
     its share of every batch. Raises UserError when the loss is not finite, KeyboardInterrupt after Ctrl-C, the state being
@@ -83,6 +83,8 @@ class Training:
         self.epochs, self.num_workers, self.max_grad_norm = epochs, num_workers, max_grad_norm
         # Not where what processes say to each other would depend on it.
         self.prefetch_answers = prefetch_answers and distributed.num_processes() == 1
+        if evaluator is not None:
+            evaluator.refuse_overlap(queries.clips)
         self.order = _Order(len(queries), batch_size, epochs, queries.seed)
         self.device = next(student.parameters()).device
         self.history: list[dict] = []
@@ -146,7 +148,7 @@ class Training:
     def query_more(self, batch: AnsweredBatch, clips: Tensor, keys: Sequence[bytes]) -> AnsweredBatch:
         """`batch` with further (B, C, T, H, W) clips named by `keys`, one query each, as many as the budget allows."""
         assert self.victim is not None
-        count = self.victim.count_affordable(keys)
+        count = self.victim.reserve(keys)
         wanted, counts = zip(*distributed.gather([(len(keys), count)]), strict=True)
         exhausted = sum(counts) < sum(wanted)
         if sum(counts):
@@ -175,7 +177,7 @@ class Training:
     def _query(self, loaded: Batch, number: int) -> AnsweredBatch:
         """The views of a batch, as many as the budget allows, with the victim's answers."""
         keys = self.queries.keys(loaded.indices, number // self.order.per_epoch)
-        affordable = len(keys) if self.victim is None else self.victim.count_affordable(keys)
+        affordable = len(keys) if self.victim is None else self.victim.reserve(keys)
         wanted, counts = zip(*distributed.gather([(len(keys), affordable)]), strict=True)
         keys, clips = keys[:affordable], loaded.clips[:affordable].to(self.device, non_blocking=True)
         clips = self.queries.views(clips, keys)
@@ -192,11 +194,8 @@ class Training:
         """Read losses, score, log, save."""
         number, exhausted = self._batch.number, self._batch.exhausted
         epoch, end_of_epoch = number // self.order.per_epoch, (number + 1) % self.order.per_epoch == 0
-        if exhausted and self.victim is not None:
-            self.stopped = (
-                f"query budget exhausted: {self.victim.num_queries} of {self.victim.query_budget} queries spent "
-                f"in epoch {epoch + 1} of {self.epochs}; raise --query-budget and run again to go on"
-            )
+        if exhausted:
+            self.stopped = QUERY_BUDGET
         pause = self.run.checkpoint_due() or end_of_epoch or exhausted
         # On a GPU the loss is read only now and then, so that the device never waits for the host.
         if len(self._unread) >= (1 if self.device.type == "cpu" else 10) or (pause and self._unread):
@@ -246,6 +245,8 @@ class Training:
                 most = self.queries.count_queries(self.epochs)
                 print(f"{len(self.queries)} clips, {self.epochs} epochs: at most {most} queries", flush=True)
             return 0
+        if self.victim is not None:
+            self.victim.require_count(state.get("num_queries", 0))
         self.student.net.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -257,7 +258,8 @@ class Training:
     def _save(self, batch: int) -> None:
         parts: dict[str, Any] = dict(student=self.student.net, optimizer=self.optimizer, schedule=self.schedule)
         state = {name: part.state_dict() for name, part in parts.items()}
-        self.run.save_state(state | dict(recent=list(self._losses), history=self.history, batch=batch))
+        counted = dict(num_queries=self._num_queries(), recent=list(self._losses), history=self.history, batch=batch)
+        self.run.save_state(state | counted)
 
 
 class _Order:

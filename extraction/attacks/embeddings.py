@@ -26,7 +26,7 @@ from extraction.victims.ledger import Ledger
 class Sampling(NamedTuple):
     """How a clip is drawn from around a code."""
 
-    paths: Motion
+    motion: Motion
     spread: float = 0.0  # standard deviation around the code, in the units of its entries, which are about 1
 
 
@@ -73,7 +73,7 @@ def sample_clips(generator: BigGAN, codes: Tensor, keys: Sequence[bytes], sampli
     The entries of a code are normal deviates: `dim` for each picture, in units of the generator's class embeddings, then
     those of the path.
     """
-    batch, dim, layers = len(codes), generator.shape.dim, len(sampling.paths.layers)
+    batch, dim, layers = len(codes), generator.shape.dim, len(sampling.motion.layers)
     uniform = torch.from_numpy(draw_uniform(keys, layers * dim + codes.shape[1])).clamp(1e-6, 1 - 1e-6)
     noise, around = torch.special.ndtri(uniform).float().to(codes.device).split([layers * dim, codes.shape[1]], 1)
     codes = codes + sampling.spread * around
@@ -82,7 +82,7 @@ def sample_clips(generator: BigGAN, codes: Tensor, keys: Sequence[bytes], sampli
     with torch.no_grad():
         pictures = generator(noise.reshape(-1, dim), embeddings)
     draws = torch.special.ndtr(codes[:, layers * dim :].double())
-    return move_pictures(pictures.view(batch, layers, *pictures.shape[1:]), draws, sampling.paths)
+    return move_pictures(pictures.view(batch, layers, *pictures.shape[1:]), draws, sampling.motion)
 
 
 def find_codes(
@@ -100,7 +100,7 @@ def find_codes(
     confidence: float,
     codes_per_class: int,
     seed: int,
-) -> tuple[list[list[np.ndarray]], list[dict], str | None]:
+) -> tuple[list[list[np.ndarray]], list[dict], bool]:
     """Find codes of `size` entries for every class of `victim`, by an evolution strategy.
 
     `num_random` random codes are asked about first. Then, class after class, `population` codes at a distance of `step`
@@ -109,27 +109,31 @@ def find_codes(
     num_random + population * (steps taken) queries.
 
     Returns the codes of each class (its best one when none is good enough, none when nothing was asked), a dict per class
-    (`class`, `reached`, `confidence`, `num_codes`, `steps`, `num_queries` spent on it), and the line of an exhausted budget
-    or None. Raises BudgetExhausted when not even one code could be asked about.
+    (`class`, `reached`, `confidence`, `num_codes`, `steps`, `num_queries` spent on it), and whether the budget
+    is exhausted. Raises BudgetExhausted when not even one code could be asked about.
     """
     draw = np.random.default_rng([seed, 2])
     good: list[list[np.ndarray]] = [[] for _ in victim.classes]
     best: list[tuple[float, np.ndarray | None]] = [(0.0, None)] * len(victim.classes)
     counter = 0
 
-    def ask(codes: np.ndarray) -> str | None:
-        """Query the victim about `codes`; the line of an exhausted budget, if it is."""
+    def ask(codes: np.ndarray) -> bool:
+        """Query the victim about `codes`; whether the budget is exhausted."""
         nonlocal counter
         names = [f"{name_code(generator, code)}:search{counter + k}" for k, code in enumerate(codes)]
         keys = [view_key(seed, name, 0, sampling) for name in names]
-        affordable = victim.count_affordable(keys)
-        codes, keys, wanted = codes[:affordable], keys[:affordable], len(keys)
-        known = victim.find(keys)
-        new = [k for k, key in enumerate(keys) if key not in known]
-        for i in range(0, len(new), 64):
-            part = new[i : i + 64]
-            part_keys = [keys[k] for k in part]
-            victim.query(make_clips(torch.from_numpy(codes[part]).to(device), part_keys, sampling), part_keys)
+        affordable, wanted = 0, len(keys)
+        for i in range(0, len(keys), 64):
+            part = range(i, i + victim.reserve(keys[i : i + 64]))
+            affordable += len(part)
+            known = victim.find(keys[part.start : part.stop])
+            new = [k for k in part if keys[k] not in known]
+            if new:
+                new_keys = [keys[k] for k in new]
+                victim.query(make_clips(torch.from_numpy(codes[new]).to(device), new_keys, sampling), new_keys)
+            if affordable < min(i + 64, wanted):
+                break
+        codes, keys = codes[:affordable], keys[:affordable]
         if keys:
             probs = answers_to_targets(victim.query(torch.empty(0), keys), victim.answers, victim.num_classes)
             for code, shares in zip(codes, probs.tolist(), strict=True):
@@ -139,28 +143,23 @@ def find_codes(
                     if share > confidence and len(good[label]) < codes_per_class:
                         good[label].append(code)
         counter += affordable
-        if affordable < wanted:
-            return (
-                f"query budget exhausted: {victim.num_queries} of {victim.query_budget} queries spent in the search for "
-                "embeddings; raise --query-budget and run again to go on"
-            )
-        return None
+        return affordable < wanted
 
-    cut = ask(draw.standard_normal((num_random, size)).astype(np.float32))
+    exhausted = ask(draw.standard_normal((num_random, size)).astype(np.float32))
     report = []
     bar = tqdm(victim.classes, desc="searching embeddings", unit="class", dynamic_ncols=True)
     for label, name in enumerate(bar):
         steps, before = 0, counter
-        while not cut and len(good[label]) < codes_per_class and steps < num_steps:
+        while not exhausted and len(good[label]) < codes_per_class and steps < num_steps:
             parent = best[label][1] if not good[label] else good[label][steps % len(good[label])]
             if parent is None:  # the answers (a top five) gave this class no probability yet
                 parent = np.zeros(size, np.float32)
-            cut = ask(parent + np.float32(step) * draw.standard_normal((population, size)).astype(np.float32))
+            exhausted = ask(parent + np.float32(step) * draw.standard_normal((population, size)).astype(np.float32))
             steps += 1
         report.append(dict({"class": name}, steps=steps, num_queries=counter - before))
     for label, entry in enumerate(report):
         entry |= dict(reached=best[label][0] > confidence, confidence=best[label][0], num_codes=len(good[label]))
-    if cut and not counter:
-        raise BudgetExhausted(cut)
+    if exhausted and not counter:
+        raise BudgetExhausted(f"--query-budget {victim.query_budget}: no room for a single query")
     codes = [own or [code for code in (best[label][1],) if code is not None] for label, own in enumerate(good)]
-    return codes, report, cut
+    return codes, report, exhausted

@@ -1,8 +1,14 @@
 """Clips cut out of videos, and batches of uint8 on their way to the device."""
 
+import itertools
 import os
+import re
 import signal
-from collections.abc import Iterable, Sequence
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -130,23 +136,64 @@ def count_cores() -> int:
 
 def load_batches(
     dataset: Any, batches: Iterable[Sequence[int]], num_workers: int, pin_memory: bool = False, prefetch: int = 2
-) -> DataLoader:
-    """A loader that yields one `Batch` for each list of indices in `batches`, in order, decoded in `num_workers` processes.
+) -> Iterator[Batch]:
+    """A `Batch` for each list of indices in `batches`, in order, decoded in `num_workers` processes.
 
     There are never more processes than cores. Each is up to `prefetch` batches ahead; more than 2 is not faster
-    (`benchmarks/loader.py`), and every batch ahead takes its place in shared memory.
+    (`benchmarks/loader.py`), and every batch ahead takes its place in shared memory. When a worker is killed (the system does
+    so when memory is short) all are started again from the batch that is missing; the fourth time raises UserError.
     """
     num_workers = min(num_workers, count_cores())
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists will do
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        prefetch_factor=prefetch if num_workers else None,
-        worker_init_fn=_start_worker,
-        timeout=600 if num_workers else 0,  # a worker that lost its shared memory would otherwise be waited for for ever
-    )
+    source, waiting = iter(batches), deque[Sequence[int]]()
+
+    def remember() -> Iterator[Sequence[int]]:
+        for batch in source:
+            waiting.append(batch)
+            yield batch
+
+    for attempt in range(4):
+        loader = DataLoader(
+            dataset,
+            batch_sampler=itertools.chain(list(waiting), remember()),  # type: ignore[arg-type]  # any iterable of lists will do
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=pin_memory,
+            prefetch_factor=prefetch if num_workers else None,
+            worker_init_fn=_start_worker,
+            timeout=2 if num_workers else 0,  # how often workers are looked after
+        )
+        loaded = iter(loader)
+        if num_workers and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise wherever the program is
+        error = yield from _iterate(loaded, waiting)
+        if error is None:
+            return
+        line = f"a loader worker was killed, for want of memory perhaps, or is stuck ({error})"
+        if attempt == 3:
+            raise UserError(f"{line}, four times now; lower --num-workers, then run the same again")
+        print(f"\n{line}; starting the workers again", file=sys.stderr)
+
+
+def _iterate(loaded: Iterator[Batch], waiting: deque[Sequence[int]]) -> Generator[Batch, None, str | None]:
+    """Yield batches, taking each off `waiting`. Returns what became of the workers, None at the end of the batches."""
+    started = time.monotonic()
+    while True:
+        try:
+            batch = next(loaded)
+        except StopIteration:
+            return None
+        except (ConnectionError, EOFError, FileNotFoundError) as error:  # the worker went while its batch was read
+            return type(error).__name__
+        except RuntimeError as error:
+            line = str(error).splitlines()[0]
+            if not re.search(r"DataLoader (worker|timed out)", line):
+                raise
+            if "timed out" in line and time.monotonic() - started < 600:  # slow, or waiting for lost shared memory for ever
+                continue
+            return line
+        waiting.popleft()
+        yield batch
+        started = time.monotonic()
 
 
 def _start_worker(_number: int) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import unicodedata
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +20,24 @@ class Video(NamedTuple):
 
 
 def normalise_class(name: str) -> str:
-    """One spelling for the many a class goes by: case, spaces, underscores and punctuation do not count."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    """One spelling for the many a class goes by: case, spaces, underscores and punctuation do not count.
+
+    Letters and digits of every script do; so do + and # at the end of a word, by which C, C++ and C# differ.
+    """
+    folded = re.sub(r"[+#](?=\w)", " ", unicodedata.normalize("NFKC", name).casefold())  # Moments in Time: adult+male+singing
+    return "".join(c for c in folded if c in "+#" or unicodedata.category(c)[0] in "LMN")
+
+
+def index_classes(classes: Sequence[str]) -> dict[str, int]:
+    """The label of each class by its normalised name. Raises UserError for two classes of one spelling, or none."""
+    labels: dict[str, int] = {}
+    for label, name in enumerate(classes):
+        spelling = normalise_class(name)
+        if not spelling or spelling in labels:
+            other = repr(classes[labels[spelling]]) if spelling else "nothing but punctuation"
+            raise UserError(f"class {name!r} has the spelling of {other}; rename one")
+        labels[spelling] = label
+    return labels
 
 
 def require_folder(root: str | Path, belongs: str) -> Path:
@@ -53,6 +70,7 @@ def list_classes(root: str | Path, split: str | None = None) -> list[str]:
     names = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not names:
         raise UserError(f"{folder}: no class folders in it; it must be laid out as class/video files")
+    index_classes(names)
     return names
 
 
@@ -85,7 +103,7 @@ def find_videos(
     Raises UserError for a missing folder, an empty class, a class that `classes` does not have, or a list naming missing files.
     """
     root = require_folder(root, belongs)
-    known = None if classes is None else {normalise_class(name): label for label, name in enumerate(classes)}
+    known = None if classes is None else index_classes(classes)
     where, videos = group_videos(root, split, listing, known)
     unknown = [name for name in videos if known is not None and normalise_class(name) not in known]
     if unknown and classes is not None:
@@ -118,7 +136,8 @@ def refuse_empty_classes(where: Path, videos: dict[str, list[Path]]) -> None:
 
 
 def _find_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    """Regular files alone: reading a device or a pipe may never end."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
 
 
 def _some(names: Sequence[str]) -> str:
@@ -186,7 +205,9 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _below(root: Path, folder: Path, name: str) -> Path:
-    """A listed file: below `root`, or else below the folder in which the classes are."""
+    """A listed file: below `root`, or else below the folder in which the classes are. Raises UserError for one outside."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"listed file {name!r} is not below {root}; lists name files by their paths below the folder")
     path = _or_copy(root / name)
     return path if path.is_file() else _or_copy(folder / name)
 

@@ -8,13 +8,15 @@ from typing import Annotated, Any
 import tyro
 
 from extraction.data.clips import report_broken
-from extraction.errors import BudgetExhausted, UserError, run_tool
+from extraction.errors import UserError, run_tool
 from extraction.evaluation.plots import draw_curve
 from extraction.evaluation.scoring import Evaluator
 from extraction.runs import Run
 from extraction.students import Student
 from extraction.victims.ledger import Ledger
 from extraction.weights import save_weights
+
+QUERY_BUDGET = "query budget"  # what `stopped` says of a run that its budget ended
 
 
 def finish(
@@ -30,7 +32,7 @@ def finish(
     """Save the student, draw the curve, write `results.json` and print the table. `more` goes into the results.
 
     `num_queries_before`, the queries of earlier stages, count in the student's file and in the table too.
-    Returns the results. Raises BudgetExhausted, after all that, when the query budget ended the run.
+    `stopped` is "epochs", "iterations" or `QUERY_BUDGET`. Returns the results.
     """
     clips = evaluator.clips
     about = dict(
@@ -69,9 +71,15 @@ def finish(
     print_results(results)
     report_broken(broken)
     print(f"all of it is in {run.folder}")
-    if stopped not in ("epochs", "iterations"):
-        raise BudgetExhausted(stopped)
+    if stopped == QUERY_BUDGET:
+        print(say_how_to_go_on(results["num_queries"], results["query_budget"]))
     return results
+
+
+def say_how_to_go_on(num_queries: int, query_budget: int | None) -> str:
+    return (
+        f"query budget exhausted: {num_queries} of {query_budget} queries used; run again with a larger --query-budget to go on"
+    )
 
 
 def count_queries(results: dict) -> int:
@@ -103,13 +111,31 @@ def print_results(*runs: dict) -> dict:
     )
     for name, fingerprint, *scores in victims:
         rows.append(["victim" if len(victims) == 1 else f"victim, {name} ({fingerprint})", *scores, "-", "-", "-"])
-    for run in runs:
+    for name, run in zip(_tell_apart(runs), runs, strict=True):
         scores = [percent(run.get(name)) for name in ("top1", "top5", "agreement_at_1", "agreement_at_5")]
-        rows.append([f"student, {run['experiment']}", *scores, str(count_queries(run))])
+        rows.append([f"student, {name}", *scores, str(count_queries(run))])
     chance = last["chance_top1"]
-    rows.append(["chance", percent(chance), percent(min(1.0, 5 * chance)), percent(chance), percent(min(1.0, 5 * chance)), "-"])
+    rows.append(["chance", percent(chance), percent(5 * chance), percent(chance), percent(5 * chance), "-"])
+    if last.get("num_classes", 6) <= 5:  # the best five are all there are
+        rows = [[cell if k not in (2, 4) or row is rows[0] else "-" for k, cell in enumerate(row)] for row in rows]
     print("\n" + format_table(rows) + "\n")
     return last
+
+
+def _tell_apart(runs: Sequence[dict]) -> list[str]:
+    """A name for each run: its experiment, and what differs between the runs of one experiment."""
+    names = []
+    for run in runs:
+        same = [other for other in runs if other["experiment"] == run["experiment"]]
+        differs = [
+            f"{key.replace('_', ' ')} {run.get('config', {}).get(key)}"
+            for key in ("victim", "answers", "decimals", "query_budget", "seed", "student")
+            if len({str(other.get("config", {}).get(key)) for other in same}) > 1
+        ]
+        if not differs and len(same) > 1:
+            differs = [str(run.get("config", {}).get("out_dir"))]
+        names.append(", ".join([run["experiment"], *differs]))
+    return names
 
 
 def read_results(folder: str | Path) -> dict:

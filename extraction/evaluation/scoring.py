@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from extraction import distributed
 from extraction.data.clips import Clips, load_batches
+from extraction.data.queries import ClipDataset, Ref
 from extraction.errors import UserError
 from extraction.victims.ledger import Ledger
 from extraction.weights import write_atomically
@@ -105,6 +107,11 @@ def _hits(best: Tensor, wanted: Tensor) -> float:
     return (best == wanted[:, None]).any(1).float().mean().item()
 
 
+def _identify(ref: Ref) -> list[str]:
+    youtube = re.fullmatch(r"(.{11})_\d{6}_\d{6}", ref.path.stem)
+    return [ref.key.partition(":")[0], *([youtube[1]] if youtube else [])]
+
+
 def check_victim(scores: dict[str, float], num_classes: int, min_victim_top1: float | None = None) -> None:
     """The preflight: raise UserError when a victim's `scores` on held-out clips are near chance, before the first query.
 
@@ -141,7 +148,9 @@ class Evaluator:
         ledger: Ledger | None = None,
         open_model: Callable[[], Callable[[Tensor], Tensor]] | None = None,
         min_victim_top1: float | None = None,
+        allow_overlap: bool = False,
     ):
+        self.allow_overlap = allow_overlap
         self.clips, self.classes, self.broken = clips, classes, list(clips.broken)
         self._predict = partial(predict_videos, clips=clips, device=device, batch_size=batch_size, num_workers=num_workers)
         self.victim_probs, self.victim_scores = None, {}
@@ -154,10 +163,28 @@ class Evaluator:
                 assert open_model is not None
                 return self._predict(open_model(), desc="scoring the victim").probs
 
-            self.victim_probs = ledger.referee_answers(video_keys(clips), compute)
+            self.victim_probs = ledger.evaluator_answers(video_keys(clips), compute)
             self.victim_scores = score(self.victim_probs, labels)
-            if clips.num_videos >= 20:  # fewer say too little
+            if clips.num_videos >= 20:
                 check_victim(self.victim_scores, len(classes), min_victim_top1)
+            elif min_victim_top1 != 0:
+                print(f"no preflight: {clips.num_videos} held-out videos are too few to tell a wrong victim (20 are not)")
+            absent = len(classes) - len(labels.unique())
+            if absent:
+                print(f"{absent} of the victim's {len(classes)} classes have no held-out video; chance is that of all classes")
+
+    def refuse_overlap(self, clips: ClipDataset) -> None:
+        """Raise UserError when videos that score a student are among those it is trained on, unless that is allowed.
+
+        Videos are the same when their content is, or when their names have the same YouTube id, as Kinetics' files have it.
+        """
+        scored = {mark for ref in self.clips.refs for mark in _identify(ref)}
+        both = list(dict.fromkeys(ref.path for ref in clips.refs if not scored.isdisjoint(_identify(ref))))
+        if both:
+            line = f"{len(both)} videos that score the student are trained on too, such as {both[0]}"
+            if not self.allow_overlap:
+                raise UserError(f"{line}; keep them out (--val-list, --in-domain-list), or pass --allow-overlap")
+            print(line)
 
     def score(self, student: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """`top1`, `top5` and, with a victim, `agreement_at_1`, `agreement_at_5` of a student in evaluation mode."""

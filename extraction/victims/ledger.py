@@ -1,8 +1,9 @@
 """The ledger: every answer of a victim, cached on disk as it arrives, in one SQLite file.
 
 A ledger stands in front of a victim's query interface. A view it knows is answered from disk and is no query; a new one is
-asked about, counted and cached. The answer and its count are written in one transaction: neither is there without the other,
-whenever the process is killed.
+counted, asked about and cached, in this order, each durably before the next. So the count is never below what the victim
+answered, whenever a process is killed: a batch that was counted but whose answers were lost is asked again, and counted again.
+Counting happens in the database, in one transaction with the check of the budget, so that several processes may share a ledger.
 
 Probabilities are kept in 16 bits, as -log p in steps of 1/2048 (a relative error of at most 0.025 %; 0 stays 0), logits
 as float32, labels as int32. An `exact` ledger keeps probabilities as float32 too: 16 bits swamp differences between
@@ -10,8 +11,11 @@ the answers to nearly equal clips. What a run trains on is always what the ledge
 first bit for bit.
 """
 
+import contextlib
+import hashlib
 import json
 import sqlite3
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -29,6 +33,8 @@ _SCHEMA = """
 PRAGMA page_size = 16384;
 CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS answers (id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, answer BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS asked (key BLOB PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS merged (id TEXT PRIMARY KEY, num_queries INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS evaluator (key BLOB PRIMARY KEY, answer BLOB NOT NULL);
 """
 _STEPS = 2048.0
@@ -77,12 +83,16 @@ class Ledger:
         answers: str,
         decimals: int | None = None,
         exact: bool = False,
+        answers_from: Sequence[str | Path] = (),
     ):
         self.path, self.answers, self.decimals = Path(path), answers, decimals
         self._layout = "logits" if exact and answers != "label" else answers  # probabilities packed as logits are
         self._database: Any = None  # of several processes the main one has it
+        self._sources: list[sqlite3.Connection] = []
+        self._reserved: set[bytes] = set()
         kept = distributed.on_main_process(self._open)
         self._num_queries = int(kept.get("num_queries", 0))
+        self.num_unanswered = int(kept.pop("num_unanswered", 0))  # counted before a crash that lost their answers
         used = self._num_queries + len(self) > 0  # a run that failed before its first query binds nobody
         if used:
             self._check("answers", kept["answers"], answers)
@@ -110,19 +120,36 @@ class Ledger:
                     "victim", f"{kept['victim']} ({kept['fingerprint']})", f"{about['victim']} ({about['fingerprint']})"
                 )
             else:
-                distributed.on_main_process(lambda: self._begin(about | {"num_queries": "0"}))
+                distributed.on_main_process(lambda: self._begin(about | {"num_queries": "0", "id": uuid.uuid4().hex}))
                 kept = about
         self.victim, self.fingerprint = kept["victim"], kept["fingerprint"]
         self.classes = tuple(json.loads(kept["classes"]))
         self.query_budget = None if self._victim is None else self._victim.query_budget
+        distributed.on_main_process(lambda: self._open_sources(answers_from))
 
     def _open(self) -> dict[str, str]:
         self._database = _connect(self.path)
-        return dict(self._database.execute("SELECT name, value FROM about"))
+        unanswered = self._database.execute("SELECT count(*) FROM asked").fetchone()[0]
+        about = dict(self._database.execute("SELECT name, value FROM about"))
+        return about | ({"num_unanswered": str(unanswered)} if about else {})
+
+    def _open_sources(self, paths: Sequence[str | Path]) -> None:
+        """Open other ledgers read-only: their answers come before the victim's. Raises UserError for unlike ones."""
+        for path in paths:
+            database, about = open_existing(path)
+            wanted = dict(victim=self.victim, fingerprint=self.fingerprint, answers=self.answers, decimals=str(self.decimals))
+            for name, value in wanted.items():
+                if about[name] != value:
+                    raise UserError(f"--answers-from {path}: its {name} is {about[name]}, this run's is {value}")
+            if _layout(about) != self._layout:
+                raise UserError(
+                    f"--answers-from {path}: its answers are packed as {_layout(about)}, this run's as {self._layout}"
+                )
+            self._sources.append(database)
 
     def _begin(self, about: dict[str, str]) -> None:
         """Write whose answers these will be; what the evaluator kept of another victim goes."""
-        with self._database:
+        with self._writing():
             kept = dict(self._database.execute("SELECT name, value FROM about"))
             if any(kept.get(name) != about[name] for name in ("victim", "fingerprint", "classes")):
                 self._database.execute("DELETE FROM evaluator")
@@ -146,6 +173,14 @@ class Ledger:
     def queries_left(self) -> int | None:
         return None if self.query_budget is None else self.query_budget - self._num_queries
 
+    def require_count(self, num_queries: int) -> None:
+        """Raise UserError when fewer queries are counted here than a checkpoint of the run says."""
+        if self.num_queries < num_queries:
+            raise UserError(
+                f"{self.path} counts {self.num_queries} queries, the run's checkpoint {num_queries}: this ledger is a new or "
+                "an older one; put the right one back, or choose another --out-dir"
+            )
+
     def __len__(self) -> int:
         return distributed.on_main_process(lambda: self._database.execute("SELECT count(*) FROM answers").fetchone()[0])
 
@@ -155,28 +190,43 @@ class Ledger:
 
     def _find(self, keys: Sequence[bytes], table: str = "answers") -> dict[bytes, bytes]:
         found: dict[bytes, bytes] = {}
-        for i in range(0, len(keys), 500):
-            part = list(keys[i : i + 500])
-            marks = ",".join("?" * len(part))
-            found.update(self._database.execute(f"SELECT key, answer FROM {table} WHERE key IN ({marks})", part))
+        for database in (self._database, *self._sources):
+            missing = [key for key in keys if key not in found]
+            for i in range(0, len(missing), 500):
+                part = missing[i : i + 500]
+                marks = ",".join("?" * len(part))
+                found.update(database.execute(f"SELECT key, answer FROM {table} WHERE key IN ({marks})", part))
         return found
 
-    def count_affordable(self, keys: Sequence[bytes]) -> int:
-        """How many of `keys`, from the first on, can be answered within the budget: known ones are free.
+    def reserve(self, keys: Sequence[bytes]) -> int:
+        """Count queries ahead: how many of `keys`, from the first on, will be answered. Cached ones are free.
 
-        Several processes, each with its share of a batch, are served in their order.
+        All that is new among these is counted here, durably, and not again when it is queried. Several processes, each with its
+        share of a batch, are served in their order; so are several runs that share a ledger.
         """
-        if self.query_budget is None:
-            return len(keys)
         before, everyone = self._together(keys)
-        known, left, seen = self.find(everyone), self.query_budget - self._num_queries, set()
-        for number, key in enumerate(everyone):
-            if key not in known and key not in seen:
-                if left == 0:
-                    return min(max(0, number - before), len(keys))
-                left -= 1
+        taken, self._num_queries, new = distributed.on_main_process(lambda: self._reserve(everyone))
+        self._reserved.update(new)
+        return min(max(0, taken - before), len(keys))
+
+    def _reserve(self, keys: list[bytes]) -> tuple[int, int, list[bytes]]:
+        known = self._find(keys)
+        if self._victim is None or all(key in known for key in keys):
+            return len(keys), self._num_queries, []
+        with self._writing():
+            used, taken = self._read_count(), len(keys)
+            new: list[bytes] = []
+            seen = set(self._reserved)
+            for number, key in enumerate(keys):
+                if key in known or key in seen:
+                    continue
+                if self.query_budget is not None and used + len(new) >= self.query_budget:
+                    taken = number
+                    break
                 seen.add(key)
-        return len(keys)
+                new.append(key)
+            self._count(new)
+        return taken, used + len(new), new
 
     def _together(self, keys: Sequence[bytes]) -> tuple[int, list[bytes]]:
         """The keys of all processes, and how many of them come before this one's."""
@@ -207,29 +257,64 @@ class Ledger:
     def _ask(self, clips: Tensor, count: int, new: dict[bytes, int]) -> dict[bytes, bytes]:
         if self._victim is None:
             raise UserError(f"{len(new)} views are not in {self.path}, and the victim's weights are not here to ask")
-        if self.queries_left is not None and len(new) > self.queries_left:
-            raise BudgetExhausted(
-                f"query budget exhausted: {self.num_queries} of {self.query_budget} queries spent, "
-                f"{len(new)} more asked for; raise --query-budget to go on"
-            )
+        uncounted = [key for key in new if key not in self._reserved]
+        if uncounted:
+            self._num_queries = distributed.on_main_process(lambda: self._count_or_refuse(uncounted))
+        self._reserved.difference_update(new)
         own = {key: place for key, place in new.items() if 0 <= place < count}
         pairs: list[tuple[bytes, bytes]] = []
         if own:
             chosen = clips if len(own) == len(clips) else clips[list(own.values())]
-            pairs = list(zip(own, encode_answers(self._victim.query(chosen), self._layout), strict=True))
+            try:
+                pairs = list(zip(own, encode_answers(self._victim.query(chosen), self._layout), strict=True))
+            except UserError:  # the victim refused: it gave no answer to count
+                self._num_queries = self._uncount(list(new))
+                raise
         rows = dict(distributed.gather(pairs))
-        distributed.on_main_process(lambda: self._keep(rows))  # on the disk before anyone uses them
-        self._num_queries += len(rows)
-        return rows
+        return distributed.on_main_process(lambda: self._keep(rows))  # on the disk before anyone uses them
 
-    def _keep(self, rows: dict[bytes, bytes]) -> None:
-        """Write new answers and their count in one transaction."""
-        try:
-            with self._database:
-                self._database.executemany("INSERT INTO answers (key, answer) VALUES (?, ?)", rows.items())
-                self._database.execute(
-                    "UPDATE about SET value = ? WHERE name = 'num_queries'", (str(self._num_queries + len(rows)),)
+    def _count_or_refuse(self, keys: list[bytes]) -> int:
+        """Count queries before the victim sees them, durably. Returns all that were counted so far.
+
+        Raises BudgetExhausted, with nothing counted, when the budget leaves no room for them.
+        """
+        with self._writing():
+            used = self._read_count()
+            if self.query_budget is not None and used + len(keys) > self.query_budget:
+                raise BudgetExhausted(
+                    f"query budget exhausted: {used} of {self.query_budget} queries spent, "
+                    f"{len(keys)} more asked for; raise --query-budget to go on"
                 )
+            self._count(keys)
+        return used + len(keys)
+
+    def _count(self, keys: list[bytes]) -> None:
+        self._database.executemany("INSERT OR IGNORE INTO asked VALUES (?)", [(key,) for key in keys])
+        self._database.execute("UPDATE about SET value = value + ? WHERE name = 'num_queries'", (len(keys),))
+
+    def _uncount(self, keys: list[bytes]) -> int:
+        with self._writing():
+            self._database.executemany("DELETE FROM asked WHERE key = ?", [(key,) for key in keys])
+            self._database.execute("UPDATE about SET value = value - ? WHERE name = 'num_queries'", (len(keys),))
+            return self._read_count()
+
+    def _keep(self, rows: dict[bytes, bytes]) -> dict[bytes, bytes]:
+        """Write new answers. Returns what is cached: another process that shares the ledger may have been first."""
+        with self._writing():
+            self._database.executemany("INSERT OR IGNORE INTO answers (key, answer) VALUES (?, ?)", rows.items())
+            self._database.executemany("DELETE FROM asked WHERE key = ?", [(key,) for key in rows])
+        return self._find(list(rows))
+
+    def _read_count(self) -> int:
+        return int(self._database.execute("SELECT value FROM about WHERE name = 'num_queries'").fetchone()[0])
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One transaction, durable at its end. Raises UserError when it cannot be written."""
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            with self._database:
+                yield
         except sqlite3.Error as error:
             raise UserError(f"cannot write {self.path}: {error}; make room, then run again: cached answers stay") from None
 
@@ -239,21 +324,17 @@ class Ledger:
         For loops of millions of queries whose keys begin with their step: once the state after a step is on the disk,
         what led to it is never asked for again. A crash in between leaves answers that the next call drops.
         """
-        if self._database is None:
-            return
-        try:
-            with self._database:
+        if self._database is not None:
+            with self._writing():
                 self._database.execute("DELETE FROM answers WHERE key < ?", (before,))
-        except sqlite3.Error as error:
-            raise UserError(f"cannot write {self.path}: {error}; make room, then run again: cached answers stay") from None
 
-    def referee_answers(self, keys: Sequence[bytes], compute: Callable[[], Tensor]) -> Tensor:
+    def evaluator_answers(self, keys: Sequence[bytes], compute: Callable[[], Tensor]) -> Tensor:
         """The evaluator's own (B, num_classes) probabilities for held-out clips: unmetered, kept apart, never trained on."""
         known = self.find(keys, "evaluator")
         if len(known) < len(set(keys)):
             known = dict(zip(keys, encode_answers(compute(), "probs"), strict=True))
             if self._database is not None:
-                with self._database:
+                with self._writing():
                     self._database.executemany("INSERT OR REPLACE INTO evaluator VALUES (?, ?)", known.items())
         return decode_answers([known[key] for key in keys], "probs")
 
@@ -273,7 +354,7 @@ def _layout(about: dict[str, str]) -> str:
 def _connect(path: Path) -> sqlite3.Connection:
     try:
         # Loops ask from a thread of its own, never from two at once.
-        database = sqlite3.connect(path, check_same_thread=False)
+        database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
         database.executescript(_SCHEMA)
         database.execute("PRAGMA journal_mode = WAL")
         # FULL: an answer is on the disk, not only in its cache, before it is used: it survives a power cut too.
@@ -291,19 +372,26 @@ _INTO = Annotated[str, tyro.conf.arg(metavar="INTO", help="The ledger that is ad
 _OTHER = Annotated[str, tyro.conf.arg(metavar="OTHER", help="The ledger whose answers are added; it stays as it is.")]
 
 
-def _open_existing(path: str) -> tuple[sqlite3.Connection, dict[str, str]]:
+def open_existing(path: str | Path) -> tuple[sqlite3.Connection, dict[str, str]]:
+    """Open a ledger for reading alone, whatever state it is in, and what it says of itself. Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"ledger {path} not found")
-    database = _connect(Path(path))
-    about = dict(database.execute("SELECT name, value FROM about"))
+    try:
+        database = sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", timeout=60, uri=True)
+        about = dict(database.execute("SELECT name, value FROM about"))
+    except sqlite3.Error as error:
+        raise UserError(f"{path}: not a ledger ({error})") from None
     if not about:
         raise UserError(f"{path}: an empty ledger, no victim was ever asked")
+    missing = {"victim", "fingerprint", "answers", "decimals", "classes", "num_queries"} - set(about)
+    if missing:
+        raise UserError(f"{path}: not a ledger (it does not say its {min(missing)})")
     return database, about
 
 
 def count(ledger: _LEDGER, /) -> int:
     """Say which victim a ledger's answers are from, and how many there are."""
-    database, about = _open_existing(ledger)
+    database, about = open_existing(ledger)
     rows = database.execute("SELECT count(*) FROM answers").fetchone()[0]
     victim = f"{about['victim']} ({about['fingerprint']})"
     print(f"{rows} answers ({about['answers']}) of {victim}, {about['num_queries']} queries used")
@@ -312,7 +400,7 @@ def count(ledger: _LEDGER, /) -> int:
 
 def show(ledger: _LEDGER, /, limit: Annotated[int, tyro.conf.arg(help="How many.")] = 20) -> None:
     """List the first answers, in the order they came: key and the victim's top class."""
-    database, about = _open_existing(ledger)
+    database, about = open_existing(ledger)
     classes = json.loads(about["classes"])
     for key, packed in database.execute("SELECT key, answer FROM answers ORDER BY id LIMIT ?", (limit,)):
         answer = decode_answers([packed], _layout(about))[0]
@@ -323,14 +411,15 @@ def show(ledger: _LEDGER, /, limit: Annotated[int, tyro.conf.arg(help="How many.
 
 def verify(ledger: _LEDGER, /) -> None:
     """Check a ledger: the file's integrity, every answer's length, and that no answer is uncounted."""
-    database, about = _open_existing(ledger)
+    database, about = open_existing(ledger)
     problems = [line for (line,) in database.execute("PRAGMA integrity_check") if line != "ok"]
     num_classes = len(json.loads(about["classes"]))
     width = {"label": 4, "logits": 4 * num_classes}.get(_layout(about), 2 * num_classes)
-    odd = database.execute("SELECT count(*) FROM answers WHERE length(answer) != ?", (width,)).fetchone()[0]
+    wrong = "typeof(answer) != 'blob' OR length(answer) != ? OR typeof(key) != 'blob'"
+    odd = database.execute(f"SELECT count(*) FROM answers WHERE {wrong}", (width,)).fetchone()[0]
     rows = database.execute("SELECT count(*) FROM answers").fetchone()[0]
     if odd:
-        problems.append(f"{odd} answers of another length than {width} bytes")
+        problems.append(f"{odd} answers are not {width} bytes")
     if rows > int(about["num_queries"]):
         problems.append(f"{rows} answers but only {about['num_queries']} queries counted")
     if problems:
@@ -340,7 +429,7 @@ def verify(ledger: _LEDGER, /) -> None:
 
 def export(ledger: _LEDGER, out: _OUT, /) -> None:
     """Write the answers to OUT: .npz (keys, answers), or .parquet (needs pyarrow)."""
-    database, about = _open_existing(ledger)
+    database, about = open_existing(ledger)
     found = database.execute("SELECT key, answer FROM answers ORDER BY id").fetchall()
     if not found:
         raise UserError(f"{ledger}: no answers in it to export")
@@ -369,7 +458,7 @@ def export(ledger: _LEDGER, out: _OUT, /) -> None:
 
 def merge(into: _INTO, other: _OTHER, /) -> int:
     """Add the answers of OTHER to the ledger INTO. Both must be of one victim and answer type; the counts add up."""
-    (database, about), (_, theirs) = _open_existing(into), _open_existing(other)
+    (database, about), (_, theirs) = open_existing(into), open_existing(other)
     if Path(into).samefile(other):
         raise UserError(f"{into} and {other} are one file; its answers are counted once")
     for name in ("victim", "fingerprint", "answers", "decimals", "classes"):
@@ -377,19 +466,45 @@ def merge(into: _INTO, other: _OTHER, /) -> int:
             raise UserError(f"{into} and {other} differ in {name}: {about[name][:60]} and {theirs[name][:60]}")
     if _layout(about) != _layout(theirs):
         raise UserError(f"one of {into} and {other} is exact (float32), the other is not")
-    database.execute("ATTACH ? AS other", (other,))
-    with database:
-        added = database.execute(
-            "INSERT OR IGNORE INTO answers (key, answer) SELECT key, answer FROM other.answers ORDER BY id"
-        ).rowcount
-        database.execute("INSERT OR IGNORE INTO evaluator SELECT key, answer FROM other.evaluator")
-        total = int(about["num_queries"]) + int(theirs["num_queries"])
-        database.execute("UPDATE about SET value = ? WHERE name = 'num_queries'", (str(total),))
+    database.close()
+    ledger_id = theirs.get("id") or hashlib.blake2b(repr(sorted(theirs.items())).encode(), digest_size=16).hexdigest()
+    target = _connect(Path(into))
+    try:
+        target.execute("ATTACH ? AS other", (str(other),))
+        target.execute("BEGIN IMMEDIATE")
+        with target:
+            row = target.execute("SELECT num_queries FROM merged WHERE id = ?", (ledger_id,)).fetchone()
+            grown = int(theirs["num_queries"]) - (row[0] if row else 0)  # what was merged before counts once
+            added = target.execute(
+                "INSERT OR IGNORE INTO answers (key, answer) SELECT key, answer FROM other.answers ORDER BY id"
+            ).rowcount
+            target.execute("INSERT OR REPLACE INTO merged VALUES (?, ?)", (ledger_id, int(theirs["num_queries"])))
+            target.execute("UPDATE about SET value = value + ? WHERE name = 'num_queries'", (grown,))
+            total = target.execute("SELECT value FROM about WHERE name = 'num_queries'").fetchone()[0]
+    except sqlite3.Error as error:
+        raise UserError(f"cannot merge {other} into {into}: {error}") from None
     print(f"{added} answers added to {into}; {total} queries used in all")
     return added
 
 
+def copy(ledger: _LEDGER, out: Annotated[str, tyro.conf.arg(metavar="OUT", help="The copy, a new file.")], /) -> None:
+    """Copy a ledger whole, also one that a run is writing to. (A plain copy of the file may lack its latest answers.)"""
+    database, _ = open_existing(ledger)
+    if Path(out).exists():
+        raise UserError(f"{out} is there already; choose another name")
+    with contextlib.closing(sqlite3.connect(out)) as target:
+        database.backup(target)
+    print(f"{ledger} copied to {out}")
+
+
 if __name__ == "__main__":
     prog = "python -m extraction.victims.ledger"
-    commands: dict[str, Callable] = {"count": count, "list": show, "verify": verify, "export": export, "merge": merge}
+    commands: dict[str, Callable] = {
+        "count": count,
+        "list": show,
+        "verify": verify,
+        "export": export,
+        "merge": merge,
+        "copy": copy,
+    }
     run_tool(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog=prog, description="Look into ledgers of answers."))

@@ -5,6 +5,7 @@ unmetered, for scoring a victim against labels; no training code calls it.
 """
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -102,14 +103,25 @@ def find_weights(name: str, weights: str | Path | None = None) -> Path:
     return path
 
 
+def _read_code(function: Callable) -> str:
+    """The source of a loader that a user wrote; of the package's own, nothing."""
+    try:
+        return "" if isinstance(function, partial) or "_loader." in function.__qualname__ else inspect.getsource(function)
+    except (OSError, TypeError):
+        return repr(function)
+
+
 def load_model(name: str, weights: str | Path | None = None, device: str | torch.device = "cpu") -> VictimModel:
     """The bare victim, for the evaluator alone: unmetered, in evaluation mode, without gradients."""
     path = find_weights(name, weights)
-    model, classes = _find_victim(name)[0](path)
+    load = _find_victim(name)[0]
+    model, classes = load(path)
     mark = fingerprint(path)
-    if ":" in name:  # here more than the weights makes the answers, and it can be edited
-        shown = [model.num_frames, model.size, model.mean.flatten().tolist(), model.std.flatten().tolist()]
-        mark += "-" + hashlib.blake2b(repr([classes, shown]).encode(), digest_size=4).hexdigest()
+    if ":" in name or not getattr(load, "__qualname__", "").startswith(
+        "_loader."
+    ):  # more than weights makes these answers, and can be edited
+        clip = [model.num_frames, model.size, model.mean.flatten().tolist(), model.std.flatten().tolist()]
+        mark += "-" + hashlib.blake2b(repr([classes, clip, _read_code(load)]).encode(), digest_size=4).hexdigest()
     return VictimModel(model, classes, name, mark).to(device)
 
 

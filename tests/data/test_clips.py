@@ -1,5 +1,11 @@
 """Clips: where they are cut, what the loader brings, and what becomes of a video that cannot be read."""
 
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
 import pytest
 import torch
 
@@ -41,3 +47,38 @@ def test_a_class_without_a_readable_video_stops(tmp_path):
     (tmp_path / "a" / "bad.mp4").write_bytes(b"x")
     with pytest.raises(UserError, match="none of its videos can be read"):
         Clips(find_videos(tmp_path, ["a"]), 8, size=32)
+
+
+# --- workers -------------------------------------------------------------------------------------------------------
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray]:
+        time.sleep(0.01)
+        return index, np.full((2, 4, 4, 3), index, np.uint8)
+
+
+def test_a_killed_worker_costs_no_clip(capfd):
+    batches, seen = [list(range(first, first + 5)) for first in range(0, 60, 5)], []
+    for number, batch in enumerate(load_batches(Numbers(), iter(batches), 1)):
+        seen += batch.indices
+        assert batch.clips[:, 0, 0, 0, 0].tolist() == batch.indices
+        if number == 3:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    assert seen == list(range(60))
+    assert "a loader worker was killed" in capfd.readouterr().err
+
+
+def test_workers_that_die_again_and_again_end_in_one_line():
+    class Deadly(Numbers):
+        def __getitem__(self, index: int):
+            if index == 12:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    loader = load_batches(Deadly(), [[i] for i in range(20)], 1)
+    with pytest.raises(UserError, match="four times now; lower --num-workers"):
+        list(loader)

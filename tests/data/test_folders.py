@@ -1,6 +1,7 @@
 """Datasets as they are laid out and listed by those who publish them, in miniature, and the subsets drawn from them."""
 
 import csv
+import os
 import random
 import shutil
 from pathlib import Path
@@ -110,8 +111,10 @@ def test_ucf101_official_split(error_line, ucf):
     classes = read_classes(lists / "classInd.txt")
     assert classes == ["ApplyEyeMakeup", "HandstandPushups", "YoYo"]
     assert found(ucf, classes, "val", lists / "testlist01.txt") == [
-        ("v_ApplyEyeMakeup_g01_c01.avi", 0), ("v_HandStandPushups_g01_c01.avi", 1), ("v_YoYo_g01_c01.avi", 2),
-    ]  # fmt: skip
+        ("v_ApplyEyeMakeup_g01_c01.avi", 0),
+        ("v_HandStandPushups_g01_c01.avi", 1),
+        ("v_YoYo_g01_c01.avi", 2),
+    ]
     trained = found(ucf, classes[::-1], "train", lists / "trainlist01.txt")
     assert [name[-11:-8] for name, _ in trained] == ["g08", "g09"] * 3
     assert [label for _, label in trained] == [2, 2, 1, 1, 0, 0]  # the victim's order rules, not the list's numbers
@@ -146,7 +149,7 @@ HMDB = {
         "(HQ)_Rock_&_Roll;_clap_u_nm_np1_fr_med_3.avi": "2",
         "50_FIRST_DATES_clap_u_cm_np1_fr_med_0.avi": "0",
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -204,9 +207,7 @@ def test_moments_in_time(error_line, tmp_path, with_folder):
         touch(root, *(f"{half}/{name}" for name in names), f"{half}/bowing/unlisted.mp4")
     listing = root / "trainingSet.csv"
     with listing.open("w", newline="") as file:
-        csv.writer(file).writerows(
-            [name if with_folder else name.split("/")[1], name.split("/")[0], 7, 3] for name in names
-        )  # fmt: skip
+        csv.writer(file).writerows([name if with_folder else name.split("/")[1], name.split("/")[0], 7, 3] for name in names)
     classes = ["bowing", "adult male singing"]
     expected = [("yt-1_2.mp4", 1), ("flickr-3,4.mp4", 0)]
     assert found(root, classes, "train", listing) == expected
@@ -275,9 +276,15 @@ def test_eval_only_scores_on_kinetics_600(tmp_path, capsys):
         path.parent.mkdir(parents=True)
         write_video(path, np.zeros((8, 32, 32, 3), np.uint8))
     config = eval_only.Config(
-        student="r2plus1d_tiny", weights=str(tmp_path / "student.safetensors"), data=str(tmp_path / "k600"), classes="k600",
-        num_frames=8, size=32, num_workers=0, device="cpu",
-    )  # fmt: skip
+        student="r2plus1d_tiny",
+        weights=str(tmp_path / "student.safetensors"),
+        data=str(tmp_path / "k600"),
+        classes="k600",
+        num_frames=8,
+        size=32,
+        num_workers=0,
+        device="cpu",
+    )
     assert eval_only.main(config)["top1"] == 0.5
     table = (tmp_path / "student.classes.csv").read_text().splitlines()
     assert table[1:] == [f"{k600[0]},1,0.0000,1.0000", f"{k600[427]},1,1.0000,1.0000"]
@@ -368,3 +375,39 @@ def test_subset_of_videos_outside_folders_of_their_class_stops(kinetics, tmp_pat
         path.rename(kinetics / path.name)
     with pytest.raises(UserError, match="is in no folder of that name"):
         write_subset(str(kinetics), str(tmp_path / "l.txt"), listing=str(kinetics / "all.csv"))
+
+
+# --- names and files that are not what they seem ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [["бег", "прыжок", "плавание"], ["C", "C++", "C#"], ["riding a bike", "riding_a_car"]])
+def test_classes_of_every_script_stay_apart(classes, tmp_path):
+    for name in classes:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.mp4").touch()
+    assert {video.label for video in find_videos(tmp_path, classes)} == {0, 1, 2} & set(range(len(classes)))
+
+
+@pytest.mark.parametrize("classes", [["Jumping", "jump-ing"], ["ﬁsh", "fish"], ["a", "!?"]])
+def test_two_classes_of_one_spelling_are_named(classes, tmp_path):
+    for name in classes:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.mp4").touch()
+    with pytest.raises(UserError, match=r"class '.+' has the spelling of .+; rename one"):
+        find_videos(tmp_path, classes)
+
+
+def test_devices_and_pipes_are_no_videos(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "real.mp4").touch()
+    (tmp_path / "a" / "endless.avi").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "a" / "pipe.mp4")
+    assert [video.path.name for video in find_videos(tmp_path, ["a"])] == ["real.mp4"]
+
+
+@pytest.mark.parametrize("name", ["../outside/a.mp4", "/etc/a.mp4"])
+def test_lists_stay_below_their_folder(name, tmp_path):
+    (tmp_path / "videos" / "a").mkdir(parents=True)
+    (tmp_path / "list.txt").write_text(name)
+    with pytest.raises(UserError, match="is not below"):
+        find_videos(tmp_path / "videos", ["a"], None, tmp_path / "list.txt")

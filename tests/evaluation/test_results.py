@@ -92,3 +92,21 @@ def test_the_command_line(tmp_path):
     told = run("--help")
     assert (told.returncode, told.stderr) == (0, "")
     assert "usage: python -m extraction.evaluation.results [-h] RUN" in told.stdout
+
+
+def test_runs_of_one_experiment_are_told_apart_by_what_differs(tmp_path, capsys):
+    folders = [
+        write_run(tmp_path / answers, config=dict(answers=answers, seed=0, out_dir=answers)) for answers in ("probs", "label")
+    ]
+    tabulate(tuple(folders))
+    names = [row[0] for row in read_rows(capsys.readouterr().out)]
+    assert names[1:3] == ["student, swin_to_r21, answers probs", "student, swin_to_r21, answers label"]
+
+
+def test_the_best_five_of_five_classes_say_nothing(capsys):
+    print_results(RESULTS | dict(num_classes=5, chance_top1=0.2))
+    assert [row[1:5] for row in read_rows(capsys.readouterr().out)] == [
+        ["97.9", "-", "-", "-"],
+        ["50.0", "-", "25.0", "-"],
+        ["20.0", "-", "20.0", "-"],
+    ]

@@ -4,18 +4,23 @@ import importlib
 import json
 import random
 import re
+import runpy
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from extraction.data.augment import Augmentation, create_views
+from extraction.data.decoding import decode_clip
+from extraction.data.transcode import transcode_folder
 from extraction.errors import UserError
 from extraction.network import fit_clips
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-train_step, data_free_step = map(importlib.import_module, ("train_step", "data_free_step"))
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+side_by_side, train_step, data_free_step = map(importlib.import_module, ("side_by_side", "train_step", "data_free_step"))
 
 TINY = dict(scale="demo", batch_size=2, steps=1, turns=1, memory=False, device="cpu", precision="fp32")
 
@@ -35,42 +40,43 @@ def test_train_step_prints_rates_whose_quotients_are_its_ratios_and_agreement(de
         assert ratio == pytest.approx(rate / rows["2022"][0], abs=0.02)
         assert to_networks == pytest.approx(rate / rows["2022, networks only"][0], abs=0.02)
         assert 0 < share < 100
-    said = re.findall(r"demo_swin in (\w+): top-1 the same on (\d+) of (\d+) clips, mean KL (\S+) nats.*: (.+)", out)
-    assert [(precision, count, met) for precision, _, count, _, met in said] == [("fp32", "24", "met"), ("bf16", "24", "met")]
-    assert [int(same) for _, same, *_ in said] == [24, 24]
-    exact, rounded = (float(divergence) for *_, divergence, _ in said)
+    found = re.findall(r"demo_swin in (\w+): top-1 the same on (\d+) of (\d+) clips, mean KL (\S+) nats.*: (.+)", out)
+    assert [(precision, count, met) for precision, _, count, _, met in found] == [("fp32", "24", "met"), ("bf16", "24", "met")]
+    assert [int(same) for _, same, *_ in found] == [24, 24]
+    exact, rounded = (float(divergence) for *_, divergence, _ in found)
     assert 0 < exact < 1e-7  # the ledger's 16 bits
     assert exact < rounded < 1e-3
 
 
 def test_answers_of_another_victim_are_noticed(demo_set, capsys, monkeypatch):
-    create = train_step.create_victim
+    create = side_by_side.create_victim
 
     def create_spoilt(setting):
         victim = create(setting)
         victim.model.net.head.weight.data.mul_(0.8)
         return victim
 
-    monkeypatch.setattr(train_step, "create_victim", create_spoilt)
+    monkeypatch.setattr(side_by_side, "create_victim", create_spoilt)
     config = train_step.Config(**TINY, demo_set=str(demo_set))
     with pytest.raises(UserError, match="not the victim's"):
-        train_step.check_answers(config, train_step.SCALES["demo"], torch.device("cpu"))
+        train_step.check_answers(config, train_step.SCALES["demo"])
     assert "NOT MET" in capsys.readouterr().out
 
 
-def test_live_answers_that_were_kept_are_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_step, "view_key", lambda seed, name, view, augmentation: name.encode())
-    setting, compute = train_step.SCALES["demo"]._replace(batch_size=2), train_step.choose_compute("cpu")
-    step = train_step.build_ours(setting, compute, tmp_path, kept=False)
+def test_live_answers_that_were_cached_are_noticed(tmp_path, monkeypatch):
+    keys = [bytes([k]) * 16 for k in range(2)]
+    monkeypatch.setattr(train_step.QuerySet, "keys", lambda queries, indices, epoch: keys[: len(indices)])
+    config, compute = train_step.Config(**TINY), train_step.choose_compute("cpu")
+    step = train_step.build_ours(config, train_step.SCALES["demo"], compute, tmp_path, cached=False)
     step()
-    with pytest.raises(UserError, match="2 clips paid for after 2 batches"):
+    with pytest.raises(UserError, match="2 queries after 2 batches"):
         step()
 
 
 def test_both_show_the_victim_the_same_clip_where_nothing_is_drawn():
     still = Augmentation(0.0, 0.0, 0.0)
     clip = torch.randint(256, (16, 48, 48, 3), dtype=torch.uint8)
-    victim = train_step.create_plain(train_step.SCALES["demo"])
+    victim = side_by_side.create_plain(train_step.SCALES["demo"])
     student = train_step.create_student("r2plus1d_tiny", 12)
     view, small = train_step.prepare_one(clip, victim, student, still, random.Random(0))
     ours = create_views(clip[None], [b"key"], still)
@@ -114,13 +120,13 @@ def test_an_unknown_axis_or_row_is_one_line():
 
 @pytest.fixture
 def data_free_config():
-    return data_free_step.Config(scale="demo", batch_size=2, turns=1, memory=False, device="cpu", precision="fp32")
+    return data_free_step.Config(**TINY)
 
 
-def test_data_free_step_prints_rates_of_the_same_bill(data_free_config, capsys):
+def test_data_free_step_prints_rates_of_the_same_queries(data_free_config, capsys):
     data_free_step.main(data_free_config)
     out = capsys.readouterr().out
-    rows = read_rows(out, data_free_step.ROWS)
+    rows = read_rows(out, ("2022", "ours"))
     queries = int(re.search(r"an iteration is (\d+) queries", out)[1])
     assert queries == 2 * (1 + 2 + 5)
     for rate, seconds, ratio in rows.values():
@@ -128,21 +134,20 @@ def test_data_free_step_prints_rates_of_the_same_bill(data_free_config, capsys):
         assert ratio == pytest.approx(rate / rows["2022"][0], abs=0.02)
 
 
-def test_data_free_full_size_has_the_published_constants(data_free_config):
-    config = data_free_step.Config(scale="full", device="cpu")
-    scale, constants = data_free_step.choose_constants(config, data_free_step.choose_compute("cpu"))
-    assert (scale, constants.generator, constants.batch_size, constants.smoothing) == ("full", "dvdgan", 128, 1e-3)
+def test_data_free_full_size_has_the_published_constants():
+    constants = data_free_step.choose_constants(data_free_step.Config(), "full")
+    assert (constants.generator, constants.batch_size, constants.epsilon) == ("dvdgan", 128, 1e-3)
     assert (constants.num_directions, constants.student_steps, constants.replay_steps) == (10, 5, 10)
     assert data_free_step.count_queries(constants) == 2048
 
 
-def test_an_iteration_with_another_bill_is_noticed(data_free_config, tmp_path, monkeypatch):
+def test_an_iteration_with_other_queries_is_noticed(data_free_config, tmp_path, monkeypatch):
     compute = data_free_step.choose_compute("cpu")
-    scale, constants = data_free_step.choose_constants(data_free_config, compute)
+    constants = data_free_step.choose_constants(data_free_config, "demo")
     monkeypatch.setattr(data_free_step.Attacker, "step_student", lambda attacker: None)
     monkeypatch.setattr(data_free_step.Attacker, "step_replay", lambda attacker: None)
-    with pytest.raises(UserError, match="asked about 6 clips, not 16"):
-        data_free_step.build_ours(scale, constants, compute, tmp_path)()
+    with pytest.raises(UserError, match="had 6 queries, not 16"):
+        data_free_step.build_ours("demo", constants, compute, tmp_path)()
 
 
 def test_a_row_alone_is_json(data_free_config, capsys):
@@ -150,3 +155,58 @@ def test_a_row_alone_is_json(data_free_config, capsys):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["seconds"] > 0
     assert found["memory"] > 2**26
+
+
+def test_each_row_has_the_better_of_its_thread_counts_and_turns_as_long_as_wanted(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: used.append(count))
+    used, steps = [], []
+
+    def build(folder):
+        threads = used[-1]
+        return lambda: (steps.append(threads), time.sleep(0.02 if threads == 1 else 0.001))
+
+    row = side_by_side.prepare_row(build, str(tmp_path), torch.device("cpu"), {1, 2}, 0.1, None)
+    assert row.threads == 2
+    assert 10 <= row.steps <= 100
+    steps.clear()
+    [(name, seconds)] = side_by_side.take_turns({"row": row}, 2, torch.device("cpu")).items()
+    assert (name, len(seconds), set(steps), used[-1]) == ("row", 2, {2}, 2)
+
+
+def test_the_loader_s_benchmark_runs(write_counting_video, tmp_path, capsys):
+    (tmp_path / "in" / "one").mkdir(parents=True)
+    write_counting_video(tmp_path / "in" / "one" / "a.mp4", 30, 128, 64)
+    transcode_folder(str(tmp_path / "in"), str(tmp_path / "out"), short_side=32)
+    script = runpy.run_path(str(ROOT / "benchmarks" / "loader.py"))
+    small = dict(num_frames=4, size=32, clips=4, batch_size=2, num_workers=(0, 1), prefetch=(2,), repeats=1, device="cpu")
+    script["main"](script["Config"](data=str(tmp_path / "in"), transcoded=str(tmp_path / "out"), **small))
+    out = capsys.readouterr().out
+    for line in (
+        "a clip takes 0.01 MB",
+        "PyAV, bare",
+        "decode_clip",
+        "loader, 0 workers",
+        "loader, 1 worker, prefetch 2",
+        "times the",
+    ):
+        assert line in out
+    script["draw_videos"](tmp_path, 64, 48, 1, 5)
+    assert decode_clip(tmp_path / "0.mp4", 2, 3).shape == (3, 48, 64, 3)
+    with pytest.raises(UserError, match="too many for 2 batches"):
+        script["main"](script["Config"](data=str(tmp_path / "in"), **small | {"num_workers": (2,)}))
+
+
+def test_the_ledger_s_benchmark_runs(capsys):
+    script = runpy.run_path(str(ROOT / "benchmarks" / "ledger.py"))
+    script["main"](script["Config"](batch_size=2, steps=2))
+    out = capsys.readouterr().out
+    assert len(re.findall(r"(\d+\.\d+) ms", out)) == 5
+    assert out.count("% of the step") == 2
+
+
+def test_the_victims_benchmark_runs(capsys):
+    script = runpy.run_path(str(ROOT / "benchmarks" / "victims.py"))
+    script["main"](script["Config"](victims=("demo_swin", "demo_movinet"), batch_size=2, repeats=1, device="cpu"))
+    assert len(re.findall(r"\d+\.\d+ clips/s, 2x16x\d+x\d+, fp32", capsys.readouterr().out)) == 2
+    with pytest.raises(UserError, match="--victims nonsense: there are demo_swin"):
+        script["main"](script["Config"](victims=("nonsense",), device="cpu"))

@@ -60,10 +60,10 @@ def test_the_budget_counts_queries_before_a_resume(tmp_path, clips):
     ledger.close()
     ledger = open_ledger(tmp_path / "l.sqlite", budget=4)
     assert ledger.queries_left == 1
-    assert ledger.count_affordable(KEYS) == 4
+    assert ledger.reserve(KEYS) == 4
     with pytest.raises(BudgetExhausted):
         ledger.query(clips, KEYS)
-    assert ledger.num_queries == 3
+    assert ledger.num_queries == 4  # reserved, and not counted again
     ledger.query(clips[:4], KEYS[:4])
     assert ledger.num_queries == 4
 
@@ -94,14 +94,14 @@ def test_without_a_query_a_ledger_is_tied_to_no_victim(tmp_path, clips):
     path = tmp_path / "l.sqlite"
     probs = torch.full((1, 12), 1 / 12)
     first = open_ledger(path, "label", decimals=None)
-    first.referee_answers([b"clip"], lambda: probs)
+    first.evaluator_answers([b"clip"], lambda: probs)
     first.close()
     same = open_ledger(path, "probs", decimals=2)  # the same victim through another query interface
-    torch.testing.assert_close(same.referee_answers([b"clip"], lambda: pytest.fail("it was kept")), probs, rtol=1e-3, atol=0)
+    torch.testing.assert_close(same.evaluator_answers([b"clip"], lambda: pytest.fail("it was kept")), probs, rtol=1e-3, atol=0)
     same.close()
     other = Ledger(path, lambda num_queries: load_victim("demo_movinet", num_queries=num_queries), "probs")
     other_probs = torch.eye(12)[:1]
-    assert torch.equal(other.referee_answers([b"clip"], lambda: other_probs), other_probs)
+    assert torch.equal(other.evaluator_answers([b"clip"], lambda: other_probs), other_probs)
     assert (other.victim, other.num_queries, len(other)) == ("demo_movinet", 0, 0)
     other.query(clips, KEYS)
     other.close()
@@ -124,11 +124,11 @@ def test_answers_that_were_forgotten_tie_it_too(tmp_path, clips):
 def test_a_run_without_queries_goes_on_without_the_victim(tmp_path):
     probs = torch.full((1, 12), 1 / 12)
     ledger = open_ledger(tmp_path / "l.sqlite")
-    ledger.referee_answers([b"clip"], lambda: probs)
+    ledger.evaluator_answers([b"clip"], lambda: probs)
     ledger.close()
     again = without_weights(tmp_path / "l.sqlite")
     assert (again.victim, again.num_classes) == ("demo_swin", 12)
-    again.referee_answers([b"clip"], lambda: pytest.fail("it was kept"))
+    again.evaluator_answers([b"clip"], lambda: pytest.fail("it was kept"))
 
 
 def test_a_file_that_is_no_ledger_gets_one_line(tmp_path):
@@ -185,7 +185,7 @@ def test_the_tool_counts_verifies_exports_and_merges(tmp_path, clips, capsys):
     with database:
         database.execute("UPDATE answers SET answer = substr(answer, 2) WHERE id = 1")
         database.execute("UPDATE about SET value = '4' WHERE name = 'num_queries'")
-    with pytest.raises(UserError, match=r"1 answers of another length than 24 bytes; 5 answers but only 4 queries counted"):
+    with pytest.raises(UserError, match=r"1 answers are not 24 bytes; 5 answers but only 4 queries counted"):
         ledger_module.verify(str(first))
     open_ledger(tmp_path / "labels.sqlite", "label").query(clips, KEYS)
     with pytest.raises(UserError, match="differ in answers: probs and label"):
@@ -234,3 +234,134 @@ def test_400_000_answers_take_at_most_400_MB_and_open_at_once(tmp_path):
     ledger = open_ledger(tmp_path / "l.sqlite")
     ledger.find([keys[0]])
     assert time.perf_counter() - begin < 1.0
+
+
+def test_the_ledger_keeps_every_digit_and_forgets_answers_but_not_their_count(tmp_path):
+    def open_ledger(exact: bool = True) -> Ledger:
+        return Ledger(
+            tmp_path / "ledger.sqlite", lambda spent: load_victim("demo_swin", num_queries=spent), "probs", exact=exact
+        )
+
+    clips = torch.rand(4, 3, 16, 48, 48, generator=torch.Generator().manual_seed(0))
+    keys = [bytes([0, step, slot]) for step in range(2) for slot in range(2)]
+    ledger = open_ledger()
+    answers = ledger.query(clips, keys)
+    assert torch.equal(answers, load_victim("demo_swin").query(clips))
+    ledger.forget(keys[2])
+    assert (len(ledger), ledger.num_queries) == (2, 4)
+    ledger.close()
+    ledger_module.verify(str(tmp_path / "ledger.sqlite"))
+    ledger_module.export(str(tmp_path / "ledger.sqlite"), str(tmp_path / "answers.npz"))
+    assert (np.load(tmp_path / "answers.npz")["answers"] == answers[2:].numpy()).all()
+    ledger = open_ledger()
+    assert ledger.num_queries == 4
+    assert torch.equal(ledger.query(clips[2:], keys[2:]), answers[2:])
+    assert ledger.num_queries == 4  # those of the later step were kept
+    ledger.query(clips[:1], keys[:1])
+    assert ledger.num_queries == 5
+    ledger.close()
+    with pytest.raises(UserError, match="keeps answers packed as logits, this run wants probs"):
+        open_ledger(exact=False)
+
+
+# --- crashes and sharing -------------------------------------------------------------------------------------------
+
+
+def test_queries_are_counted_before_the_victim_sees_them(tmp_path, clips, monkeypatch):
+    from extraction.victims.query_interface import Victim
+
+    seen = []
+
+    def die(victim, asked, real=Victim.query):
+        seen.append(
+            sqlite3.connect(tmp_path / "l.sqlite").execute("SELECT value FROM about WHERE name='num_queries'").fetchone()
+        )
+        raise InterruptedError
+
+    ledger = open_ledger(tmp_path / "l.sqlite", budget=9)
+    with monkeypatch.context() as patch:
+        patch.setattr(Victim, "query", die)
+        with pytest.raises(InterruptedError):
+            ledger.query(clips[:3], KEYS[:3])
+    assert seen == [("3",)]  # durable, for any reader
+    ledger.close()
+    ledger = open_ledger(tmp_path / "l.sqlite", budget=9)
+    assert (len(ledger), ledger.num_queries, ledger.num_unanswered) == (0, 3, 3)
+    ledger.query(clips[:3], KEYS[:3])  # asked again, and counted again: the victim may have answered before
+    assert (len(ledger), ledger.num_queries) == (3, 6)
+    ledger.close()
+    assert open_ledger(tmp_path / "l.sqlite").num_unanswered == 0
+
+
+def test_what_the_victim_refuses_is_not_counted(tmp_path, clips):
+    ledger = open_ledger(tmp_path / "l.sqlite")
+    with pytest.raises(UserError, match="no query was counted"):
+        ledger.query(255 * clips[:2], KEYS[:2])
+    assert ledger.num_queries == 0
+    ledger.close()
+    assert open_ledger(tmp_path / "l.sqlite").num_unanswered == 0
+
+
+def test_runs_that_share_a_ledger_share_a_budget(tmp_path, clips):
+    first, second = (open_ledger(tmp_path / "l.sqlite", budget=4) for _ in range(2))
+    first.query(clips[:2], KEYS[:2])
+    assert second.reserve(KEYS[1:]) == 3  # one is cached by the other, two are new
+    assert first.reserve([b"a" * 16]) == 0
+    with pytest.raises(BudgetExhausted, match="4 of 4"):
+        first.query(clips[:1], [b"a" * 16])
+    second.query(clips[1:4], KEYS[1:4])
+    assert torch.equal(first.query(clips[:4], KEYS[:4]), second.query(clips[:4], KEYS[:4]))
+    assert second.num_queries == 4
+
+
+def test_answers_of_other_ledgers_are_read_in_place(tmp_path, clips):
+    other = open_ledger(tmp_path / "other.sqlite")
+    answers = other.query(clips[:3], KEYS[:3])  # still open: its answers are in the write-ahead log
+
+    def opener(num_queries):
+        return load_victim("demo_swin", None, "probs", num_queries=num_queries)
+
+    ledger = Ledger(tmp_path / "l.sqlite", opener, "probs", answers_from=[tmp_path / "other.sqlite"])
+    assert torch.equal(ledger.query(clips[:3], KEYS[:3]), answers)
+    assert ledger.num_queries == 0
+    ledger.query(clips, KEYS)
+    assert ledger.num_queries == len(KEYS) - 3
+    open_ledger(tmp_path / "labels.sqlite", "label").query(clips[:1], KEYS[:1])
+    with pytest.raises(UserError, match="its answers is label, this run's is probs"):
+        Ledger(tmp_path / "l.sqlite", opener, "probs", answers_from=[tmp_path / "labels.sqlite"])
+
+
+def test_a_copy_has_what_a_plain_copy_lacks_and_a_second_merge_counts_what_is_new(tmp_path, clips, capsys):
+    ledger = open_ledger(tmp_path / "a.sqlite")
+    ledger.query(clips[:3], KEYS[:3])
+    ledger_module.copy(str(tmp_path / "a.sqlite"), str(tmp_path / "copy.sqlite"))
+    assert ledger_module.count(str(tmp_path / "copy.sqlite")) == 3
+    target = open_ledger(tmp_path / "b.sqlite")
+    target.query(clips[:1], [b"b" * 16])
+    for _ in range(2):
+        ledger_module.merge(str(tmp_path / "b.sqlite"), str(tmp_path / "copy.sqlite"))
+    assert "4 queries used in all" in capsys.readouterr().out
+    ledger.query(clips[3:4], KEYS[3:4])
+    ledger_module.merge(str(tmp_path / "b.sqlite"), str(tmp_path / "a.sqlite"))
+    assert "5 queries used in all" in capsys.readouterr().out
+    assert target.reserve(KEYS[:4]) == 4  # a running ledger sees what was merged
+    target.query(clips[:4], KEYS[:4])
+    assert target.num_queries <= 5
+
+
+def test_reading_leaves_a_foreign_database_alone(tmp_path):
+    path = tmp_path / "foreign.sqlite"
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE songs (name TEXT)")
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="not a ledger"):
+        ledger_module.count(str(path))
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_of_more_queries_than_the_ledger_counts_is_refused(tmp_path, clips):
+    ledger = open_ledger(tmp_path / "l.sqlite")
+    ledger.query(clips[:2], KEYS[:2])
+    ledger.require_count(2)
+    with pytest.raises(UserError, match="counts 2 queries, the run's checkpoint 700"):
+        ledger.require_count(700)

@@ -1,6 +1,8 @@
 """Footage of another make: MPEG-4 avi files of several subjects, a victim trained on some, stolen with the clips of others."""
 
+import fcntl
 from pathlib import Path
+from unittest.mock import Mock
 
 import av
 import numpy as np
@@ -9,7 +11,8 @@ import pytest
 import train_victim
 from extraction.data.demo import ACTIONS, SHAPES, create_clip
 from extraction.errors import UserError
-from extraction.victims import load_victim
+from extraction.victims.zoo import load_victim
+from extraction.weights import save_weights
 from grey_box import swin_to_r21_kd
 
 SUBJECTS = {"victim": ("ann", "bob", "cid"), "attacker": ("dee",), "val": ("eve", "fay")}
@@ -34,19 +37,25 @@ def footage(tmp_path_factory) -> Path:
     return root
 
 
-def test_a_victim_is_trained_on_some_subjects_and_stolen_with_another(footage, tmp_path):
+def test_a_victim_is_trained_on_some_subjects_and_stolen_with_another(footage, tmp_path, monkeypatch):
     data = dict(data=str(footage / "videos"), data_list=str(footage / "victim.txt"), val_list=str(footage / "val.txt"))
-    options = dict(step=4, epochs=8, batch_size=8, num_workers=0, out_dir=str(tmp_path / "victim"), device="cpu")
+    options = dict(clip_interval=4, epochs=8, batch_size=8, num_workers=0, out_dir=str(tmp_path / "victim"), device="cpu")
     made = train_victim.main(train_victim.Config(**data, **options))
     assert made["history"][-1]["loss"] < 0.8 * made["history"][0]["loss"]
     weights = str(tmp_path / "victim" / "victim.safetensors")
     victim = load_victim("trained", weights)
     assert victim.classes == ("growing", "moving left")
     config = swin_to_r21_kd.DEMO | dict(
-        demo=False, victim="trained", victim_weights=weights, own=data["data"], own_list=str(footage / "attacker.txt"),
-        unrelated=(), val=data["data"], val_list=data["val_list"], step=8, epochs=2, num_workers=0,
-        out_dir=str(tmp_path / "attack"),
+        demo=False, victim="trained", victim_weights=weights, in_domain=data["data"],
+        in_domain_list=str(footage / "attacker.txt"), aux=(), val=data["data"], val_list=data["val_list"], clip_interval=8,
+        epochs=2, num_workers=0, out_dir=str(tmp_path / "attack"),
     )  # fmt: skip
+    again = train_victim.Config(**data, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "lockf", Mock(side_effect=BlockingIOError))  # as when another process has the folder
+        with pytest.raises(UserError, match="a run is going on in it"):
+            train_victim.main(again)
+    assert train_victim.main(again) == made
     results = swin_to_r21_kd.main(swin_to_r21_kd.Config(**config))
     assert results["num_queries"] == 2 * 2 * 4  # two videos of 40 frames: clips of 16 from frames 0, 8, 16, 24; two epochs
     assert results["num_val_videos"] == 4
@@ -54,8 +63,6 @@ def test_a_victim_is_trained_on_some_subjects_and_stolen_with_another(footage, t
 
 
 def test_a_file_of_another_kind_is_no_trained_victim(tmp_path, footage):
-    from extraction.weights import save_weights
-
     save_weights(tmp_path / "student.safetensors", {}, {"student": "r2plus1d_tiny", "classes": ["a"]})
     with pytest.raises(UserError, match=r"not a victim made by train_victim.py"):
         load_victim("trained", tmp_path / "student.safetensors")

@@ -1,15 +1,21 @@
 """Malformed videos, files and folders: each gets one line, and nothing else happens.
 
-By hand: `python -m pytest tests/test_bad_input.py --mutations 1000`.
+By hand: `python -m pytest tests/scripts/test_bad_input.py --mutations 1000`.
 """
 
 import gc
+import multiprocessing
 import os
 import random
+import re
 import resource
-import struct
+import shutil
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,12 +24,18 @@ import numpy as np
 import pytest
 import torch
 
-from extraction.data.clips import Clips, Unreadable, decode_clip, probe
+from extraction.compute import choose_device
+from extraction.data.clips import Clips
+from extraction.data.decoding import Unreadable, decode_clip, probe
 from extraction.data.demo import ACTIONS, SHAPES, create_clip, write_video
 from extraction.data.folders import Video
 from extraction.errors import UserError
-from extraction.runs import Run, choose_device
+from extraction.runs import Run
+from extraction.victims import ledger
 from extraction.weights import read_checkpoint, read_state, save_weights
+from grey_box import swin_to_r21_kd
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +57,11 @@ def variable_rate(path: Path) -> None:
         stream = container.add_stream("libx264", rate=16)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
-        for number, time in enumerate([0, 10, 20, 400, 410, 1500, 1510, 1520, 3000, 3010, 3020, 3500]):
+        for number, pts in enumerate([0, 10, 20, 400, 410, 1500, 1510, 1520, 3000, 3010, 3020, 3500]):
             frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 20 * number, np.uint8), format="rgb24")
-            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            frame.pts, frame.time_base = pts, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-
-
-def rotated(path: Path, good: Path) -> None:
-    """Turn the track's display matrix by 90 degrees, as telephones do: bytes 40 to 76 of the `tkhd` box's body."""
-    content = bytearray(good.read_bytes())
-    at = content.index(b"tkhd") + 4 + 40
-    content[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 64 << 16, 0, 1 << 30)
-    path.write_bytes(content)
 
 
 def probe_and_decode(path: Path) -> np.ndarray:
@@ -65,7 +69,7 @@ def probe_and_decode(path: Path) -> np.ndarray:
     return decode_clip(path, 0, 8, 1, 32)
 
 
-def write_case(case: str, path: Path, good: Path) -> None:
+def write_case(case: str, path: Path, good: Path, rotate_video: Callable[[Path, Path], None]) -> None:
     whole = good.read_bytes()
     middle = create_clip([ACTIONS["growing"]], SHAPES, 0, 1, 64)
     {
@@ -78,7 +82,7 @@ def write_case(case: str, path: Path, good: Path) -> None:
         "folder": lambda: path.mkdir(),
         "one frame": lambda: write_video(path, middle),
         "variable frame rate": lambda: variable_rate(path),
-        "rotated": lambda: rotated(path, good),
+        "rotated": lambda: rotate_video(path, good),
         "huge": lambda: write_video(path, np.zeros((2, 4096, 4096, 3), np.uint8)),
     }[case]()
 
@@ -99,9 +103,9 @@ def write_case(case: str, path: Path, good: Path) -> None:
         ("huge", None),
     ],
 )
-def test_videos(tmp_path, good, case, line):
+def test_videos(tmp_path, good, rotate_video, case, line):
     path = tmp_path / "video.mp4"
-    write_case(case, path, good)
+    write_case(case, path, good, rotate_video)
     if line is None:
         found = probe(path)
         assert decode_clip(path, 0, 8, 1, 32).shape == (8, 32, 32, 3)
@@ -112,8 +116,8 @@ def test_videos(tmp_path, good, case, line):
         assert "\n" not in str(caught.value)
 
 
-def test_a_rotated_video_comes_out_upright(tmp_path, good):
-    rotated(tmp_path / "turned.mp4", good)
+def test_a_rotated_video_comes_out_upright(tmp_path, good, rotate_video):
+    rotate_video(tmp_path / "turned.mp4", good)
     upright, turned = decode_clip(good, 0, 1)[0], decode_clip(tmp_path / "turned.mp4", 0, 1)[0]
     assert np.array_equal(turned, np.rot90(upright, -1)) or np.array_equal(turned, np.rot90(upright, 1))
     assert not np.array_equal(turned, upright)
@@ -210,25 +214,148 @@ def test_a_class_whose_videos_are_all_broken_is_named(tmp_path, good):
 
 @pytest.mark.skipif(not Path("/proc/version").exists(), reason="needs /proc, a folder that not even root can write")
 def test_a_folder_that_cannot_be_written(demo_set):
-    from grey_box import swin_to_r21_kd
-
     with pytest.raises(UserError, match=r"cannot make /proc/runs: .*; choose another --out-dir"):
         Run("x", "/proc/runs", swin_to_r21_kd.Config())
+
+
+# --- run folders -------------------------------------------------------------------------------------------------------
+
+
+def make_small(demo_set: Path, out_dir: Path) -> swin_to_r21_kd.Config:
+    """Two batches of 18 clips, one epoch."""
+    options = dict(
+        demo=False, in_domain=str(demo_set / "train_5per"), val=str(demo_set / "val"), aux=(), epochs=1, batch_size=18,
+        num_workers=0, out_dir=str(out_dir),
+    )  # fmt: skip
+    return swin_to_r21_kd.Config(**swin_to_r21_kd.DEMO | options)
+
+
+@pytest.fixture
+def small(demo_set, tmp_path) -> swin_to_r21_kd.Config:
+    return make_small(demo_set, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def finished_run(demo_set, tmp_path_factory) -> Path:
+    """The folder of a run that its query budget ended, so that there is a state.pt that a larger one goes on from."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    swin_to_r21_kd.main(replace(make_small(demo_set, folder), query_budget=20))
+    return folder
+
+
+OF_ANOTHER_KIND = "not of a run of these scripts; remove it, or choose another --out-dir$"
+DAMAGED = r"not readable, damaged perhaps \(.*\); remove it, or choose another --out-dir$"
+START_AGAIN = "remove it to start again: answers stay cached in the ledger$"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("results.json", b"{", DAMAGED),
+        ("results.json", b"", DAMAGED),
+        ("results.json", bytes(range(256)), DAMAGED),
+        ("results.json", b"[]", OF_ANOTHER_KIND),
+        ("results.json", b"{}", OF_ANOTHER_KIND),
+        ("results.json", b'{"stopped": "epochs", "num_queries": 1, "config": []}', OF_ANOTHER_KIND),
+        ("config.json", b"{", DAMAGED),
+        ("config.json", b"[]", OF_ANOTHER_KIND),
+        ("state.pt", random.Random(0).randbytes(50_000), START_AGAIN),
+        ("state.pt", b"", START_AGAIN),
+        ("state.pt", b"PK\x03\x04" + b"x" * 500, START_AGAIN),
+        ("state.pt", [1, 2], "not the checkpoint of a run; " + START_AGAIN),
+    ],
+)
+def test_damaged_files_of_a_run_are_named_and_a_run_goes_on_without_them(
+    name, content, line, finished_run, small, tmp_path, error_line
+):
+    shutil.copytree(finished_run, small.out_dir)
+    path = Path(small.out_dir) / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    message = error_line(swin_to_r21_kd.main, small)
+    assert message.startswith(f"{path}: ")
+    assert re.search(line, message), message
+    assert ledger.count(str(tmp_path / "run" / "ledger.sqlite")) == 20
+    path.unlink()
+    assert swin_to_r21_kd.main(small)["num_queries"] == 36
+
+
+def test_a_second_start_in_a_folder_ends_with_one_line_that_names_the_first(small, tmp_path):
+    flags = {"in-domain": small.in_domain, "val": small.val, "out-dir": small.out_dir, "device": "cpu", "aux": ()}
+    command = [sys.executable, str(ROOT / "grey_box" / "swin_to_r21_kd.py"), "--demo", "--epochs", "1"]
+    for name, value in flags.items():
+        command += [f"--{name}", *([value] if isinstance(value, str) else value)]
+    with Run("swin_to_r21_kd", small.out_dir, small).locked():
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        holder = f"process {os.getpid()} on {socket.gethostname()}"
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        f"swin_to_r21_kd.py: {small.out_dir}: a run is going on in it ({holder}); wait for it, or choose another --out-dir"
+    )
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.lock"}
+    assert swin_to_r21_kd.main(small)["num_queries"] == 36  # the lock went with its holder
+
+
+def test_loader_workers_do_not_hold_the_lock(small):
+    """Killed, a process leaves its workers behind for seconds."""
+    run = Run("swin_to_r21_kd", small.out_dir, small)
+    with run.locked():
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+    try:
+        with Run("swin_to_r21_kd", small.out_dir, small).locked():
+            pass
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_videos_that_are_trained_on_and_scored_need_allow_overlap(small, tmp_path, error_line, capsys):
+    in_domain, val = Path(small.in_domain), tmp_path / "val"
+    shutil.copytree(small.val, val)
+    label = sorted(folder.name for folder in in_domain.iterdir())[0]
+    shutil.copy(sorted((in_domain / label).iterdir())[0], val / label / "under_another_name.mp4")
+    both = replace(small, val=str(val))
+    line = "1 videos that score the student are trained on too, such as "
+    message = error_line(swin_to_r21_kd.main, both)
+    assert message.startswith(line + str(in_domain / label))
+    assert message.endswith("; keep them out (--val-list, --in-domain-list), or pass --allow-overlap")
+    assert ledger.count(str(tmp_path / "run" / "ledger.sqlite")) == 0
+    results = swin_to_r21_kd.main(replace(both, allow_overlap=True, out_dir=str(tmp_path / "allowed")))
+    assert line in capsys.readouterr().out
+    assert (results["num_queries"], results["num_val_videos"]) == (36, 25)
+
+
+def test_videos_of_one_youtube_id_are_the_same(small, tmp_path, error_line):
+    in_domain, val = tmp_path / "in_domain", tmp_path / "val"
+    shutil.copytree(small.in_domain, in_domain)
+    shutil.copytree(small.val, val)
+    label = sorted(folder.name for folder in in_domain.iterdir())[0]
+    for root, time_range in ((in_domain, "000000_000010"), (val, "000020_000030")):
+        shutil.move(sorted((root / label).iterdir())[0], root / label / f"abcdefghijk_{time_range}.mp4")
+    message = error_line(swin_to_r21_kd.main, replace(small, in_domain=str(in_domain), val=str(val)))
+    assert "abcdefghijk_000000_000010.mp4; keep them out" in message
+
+
+# --- tools -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        ["ledger", "count"],
+        ["victims.ledger", "count"],
         ["data.subsets", "--out", "list.txt"],
         ["data.transcode", "out"],
         ["victims.movinet", "out"],
-        ["report"],
+        ["evaluation.results"],
     ],
 )
 def test_a_tool_ends_with_one_line(command, tmp_path):
     tool, *given = command
-    given.insert(tool == "ledger", str(tmp_path / "nowhere"))
+    given.insert(tool == "victims.ledger", str(tmp_path / "nowhere"))
     done = subprocess.run([sys.executable, "-m", f"extraction.{tool}", *given], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1, done.stderr

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from extraction.errors import UserError
-from extraction.generators import GENERATORS, ConvGRU, DVDGenerator, create_generator
+from extraction.generators import GENERATORS, create_generator
+from extraction.generators.dvdgan import ConvGRU, DVDGenerator
 
 LEARNED = ["dvdgan_small", "deconv_small", "layered"]
 FRAMES, SIZE = 8, 24  # as the demo's 16x48x48, and six times as quick

@@ -1,6 +1,6 @@
-"""Scripts killed at random moments end as if nothing had happened: the same bits, the same bill.
+"""Scripts killed at random moments end as if nothing had happened: the same bits, and no query that is not counted.
 
-By hand: `python -m pytest tests/test_faults.py --kills 100 --whole-demo`.
+By hand: `python -m pytest tests/scripts/test_faults.py --kills 100 --whole-demo`.
 """
 
 import json
@@ -14,18 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from extraction import ledger
+from extraction.victims import ledger
 from extraction.weights import read_checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPTS = ["grey_box/swin_to_r21_kd.py", "black_box/attack_video_swin.py"]  # a later one joins by a line here and below
 
 
 def small_demo(demo_set: Path, script: str = SCRIPTS[0]) -> list[str]:
     """Flags that make a script's demo a matter of seconds."""
-    unrelated = ["--unrelated", demo_set / "unrelated_a", demo_set / "unrelated_b"]
+    aux = ["--aux", demo_set / "unrelated_a", demo_set / "unrelated_b"]
     flags = {
-        "grey_box/swin_to_r21_kd.py": ["--own", demo_set / "train_5per", "--epochs", 5, *unrelated],
+        "grey_box/swin_to_r21_kd.py": ["--in-domain", demo_set / "train_5per", "--epochs", 5, *aux],
         "black_box/attack_video_swin.py": ["--iterations", 12, "--batch-size", 4, "--replay-clips", 32, "--score-every", 100],
     }
     return [str(flag) for flag in ["--val", demo_set / "val", *flags[script]]]
@@ -76,13 +76,17 @@ def test_random_kills_change_nothing(script, tmp_path, demo_set, request):
     print(f"{script}: {done} kills, {results[1]['num_queries']} queries, {looping:.0f} s undisturbed")
     assert done >= kills / 2
     assert students[0] == students[1]
-    assert results[0]["num_queries"] == results[1]["num_queries"]
-    assert results[0]["history"] == results[1]["history"]
+    # A batch is counted before the victim sees it: one that was killed in flight is asked again, and counted again.
+    undisturbed, killed = (result["num_queries"] for result in results)
+    assert undisturbed <= killed <= undisturbed + done * results[1]["config"]["batch_size"]
+    for point, other in zip(*(result["history"] for result in results), strict=True):
+        assert point["num_queries"] <= other["num_queries"] <= killed
+        assert point | {"num_queries": 0} == other | {"num_queries": 0}
     rows = ledger.count(str(tmp_path / "killed" / "ledger.sqlite"))
     if script.startswith("grey_box"):
-        assert rows == results[1]["num_queries"]  # each paid answer is a view of its own: none was paid twice
+        assert rows == undisturbed  # each cached answer is a view of its own: none was lost, none is there twice
     else:
-        assert rows <= results[1]["num_queries"]  # some are forgotten, on purpose; the equal bills say the same
+        assert rows <= undisturbed  # some are forgotten, on purpose
     ledger.verify(str(tmp_path / "killed" / "ledger.sqlite"))
 
 
