@@ -97,7 +97,7 @@ def test_a_global_budget_is_never_passed_and_a_larger_one_goes_on_with_another_n
     assert torch.allclose(*losses, atol=1e-4)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_one_is_killed_the_other_stops_with_one_line_and_the_run_goes_on(killed, kd_flags, tmp_path):
     flags = [*kd_flags, "--epochs", 8, "--views-per-clip", 1, "--checkpoint-seconds", 0.2]
     both = start(KD, tmp_path / "run", flags)
@@ -122,6 +122,7 @@ def test_when_one_is_killed_the_other_stops_with_one_line_and_the_run_goes_on(ki
     ledger.verify(str(tmp_path / "run" / "ledger.sqlite"))
 
 
+@pytest.mark.slow
 def test_a_data_free_attack_in_two_processes_follows_one(demo_set, tmp_path):
     flags = ["--val", demo_set / "val", "--iterations", 6, "--batch-size", 8, "--replay-clips", 64, "--score-every", 100]
     flags += ["--student-lr", 2e-5, "--generator-lr", 3e-6]  # see above
