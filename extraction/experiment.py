@@ -128,10 +128,11 @@ def open_attack(config: Any, run: Run, *, exact: bool = False) -> Attack:
     def open_interface(num_queries: int) -> Victim:
         return Victim(load(), answers, budget, decimals, num_queries)
 
-    ledger, sources = run.folder / "ledger.sqlite", ()
+    path, sources = run.folder / "ledger.sqlite", ()
     if isinstance(config, VictimOptions):
-        ledger, sources = Path(config.ledger or ledger), config.answers_from
-    victim = Ledger(ledger, open_interface, answers, decimals, exact, sources)
+        path, sources = Path(config.ledger or path), config.answers_from
+    shared = path.parent != run.folder
+    victim = Ledger(path, open_interface, answers, decimals, exact, sources, shared)
     val = Clips(find_videos(config.val, victim.classes, "val", config.val_list), views=(1, 1), **config.shape)
     evaluator = Evaluator(
         val, victim.classes, compute.device, config.batch_size, config.num_workers, victim, load, config.min_victim_top1,

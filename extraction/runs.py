@@ -22,16 +22,6 @@ from extraction.weights import read_checkpoint, write_atomically
 
 # Constants that may differ when a run is resumed: they change how fast it goes, not what comes out.
 _FREE = {"device", "compile", "num_workers", "checkpoint_seconds", "out_dir"}
-_LOCKS: set[int] = set()  # the lock files that this process has open
-
-
-def _close_locks() -> None:
-    while _LOCKS:
-        os.close(_LOCKS.pop())
-
-
-# A loader worker lives on for seconds after its parent was killed; with a copy of the lock it would keep the next start out.
-os.register_at_fork(after_in_child=_close_locks)
 
 
 class Run:
@@ -78,7 +68,6 @@ class Run:
             yield
         finally:
             if distributed.is_main_process():
-                _LOCKS.remove(self._lock_file)
                 os.close(self._lock_file)
 
     def _lock(self) -> None:
@@ -97,7 +86,6 @@ class Run:
         os.truncate(file, 0)
         os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._lock_file = file
-        _LOCKS.add(file)
 
     def begin(self) -> None:
         """Write `config.json`: from here on the folder belongs to a run of these constants."""

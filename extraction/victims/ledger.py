@@ -84,7 +84,9 @@ class Ledger:
         decimals: int | None = None,
         exact: bool = False,
         answers_from: Sequence[str | Path] = (),
+        shared: bool = False,
     ):
+        self.shared = shared
         self.path, self.answers, self.decimals = Path(path), answers, decimals
         self._layout = "logits" if exact and answers != "label" else answers  # probabilities packed as logits are
         self._database: Any = None  # of several processes the main one has it
@@ -322,9 +324,10 @@ class Ledger:
         """Drop the answers whose keys sort before `before`; the count stays.
 
         For loops of millions of queries whose keys begin with their step: once the state after a step is on the disk,
-        what led to it is never asked for again. A crash in between leaves answers that the next call drops.
+        what led to it is never asked for again. A crash in between leaves answers that the next call drops. A ledger that other
+        runs share keeps everything.
         """
-        if self._database is not None:
+        if self._database is not None and not self.shared:
             with self._writing():
                 self._database.execute("DELETE FROM answers WHERE key < ?", (before,))
 

@@ -4,16 +4,15 @@ By hand: `python -m pytest tests/scripts/test_bad_input.py --mutations 1000`.
 """
 
 import gc
-import multiprocessing
 import os
 import random
 import re
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -299,18 +298,29 @@ def test_a_second_start_in_a_folder_ends_with_one_line_that_names_the_first(smal
     assert swin_to_r21_kd.main(small)["num_queries"] == 36  # the lock went with its holder
 
 
+KILLED_WITH_A_WORKER = """
+import multiprocessing, os, signal, sys, time
+from extraction.runs import Run
+from grey_box.swin_to_r21_kd import Config
+with Run("swin_to_r21_kd", sys.argv[1], Config()).locked():
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    print(worker.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 def test_loader_workers_do_not_hold_the_lock(small):
-    """Killed, a process leaves its workers behind for seconds."""
-    run = Run("swin_to_r21_kd", small.out_dir, small)
-    with run.locked():
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-        child.start()
-    try:
-        with Run("swin_to_r21_kd", small.out_dir, small).locked():
-            pass
-    finally:
-        child.kill()
-        child.join()
+    """Those of a killed process live on for seconds."""
+    command = [sys.executable, "-c", KILLED_WITH_A_WORKER, small.out_dir]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as killed:
+        worker = int(killed.stdout.readline())
+        assert killed.wait() == -signal.SIGKILL
+        try:
+            with Run("swin_to_r21_kd", small.out_dir, small).locked():
+                os.kill(worker, 0)  # it is still there
+        finally:
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_videos_that_are_trained_on_and_scored_need_allow_overlap(small, tmp_path, error_line, capsys):

@@ -1,5 +1,7 @@
 """The ledger: every answer is kept, and no query is used twice for one clip."""
 
+import multiprocessing
+import os
 import sqlite3
 import time
 
@@ -365,3 +367,62 @@ def test_a_checkpoint_of_more_queries_than_the_ledger_counts_is_refused(tmp_path
     ledger.require_count(2)
     with pytest.raises(UserError, match="counts 2 queries, the run's checkpoint 700"):
         ledger.require_count(700)
+
+
+def ask_until_the_budget_ends(path, meter, number, die_at) -> None:
+    """One of several runs on a shared ledger: random batches of 300 keys, an independent meter of what the victim answers."""
+    import random
+
+    class Counting:
+        name, fingerprint, classes, query_budget = "tiny", "abc", ("a", "b"), 200
+
+        def query(self, clips):
+            with open(meter, "a") as file:
+                file.write("".join(f"{number}\n" for _ in clips))
+            if random.random() < die_at:
+                os._exit(9)
+            return torch.full((len(clips), 2), 0.5)
+
+    torch.set_num_threads(1)
+    random.seed(number)
+    ledger = Ledger(path, lambda num_queries: Counting(), "probs", shared=True)
+    while True:
+        keys = [random.randrange(300).to_bytes(16, "big") for _ in range(8)]
+        count = ledger.reserve(keys)
+        if count:
+            assert len(ledger.query(torch.zeros(count, 3, 1, 2, 2), keys[:count])) == count
+        if count < len(keys):
+            return
+
+
+@pytest.mark.parametrize("die_at", [0.0, 0.05])
+def test_processes_that_share_a_ledger_never_pass_their_budget(die_at, tmp_path):
+    path, meter = tmp_path / "l.sqlite", tmp_path / "meter"
+    Ledger(path, lambda num_queries: _tiny(), "probs").close()
+    context = multiprocessing.get_context("fork")
+    exits = []
+    for start in range(4):
+        runs = [context.Process(target=ask_until_the_budget_ends, args=(path, meter, 10 * start + k, die_at)) for k in range(3)]
+        for run in runs:
+            run.start()
+        for run in runs:
+            run.join(60)
+        exits += [run.exitcode for run in runs]
+        if exits[-3:] == [0, 0, 0]:
+            break
+    answered = len(meter.read_text().splitlines())
+    about = dict(sqlite3.connect(path).execute("SELECT name, value FROM about"))
+    cached = sqlite3.connect(path).execute("SELECT count(*), count(DISTINCT key) FROM answers").fetchone()
+    assert set(exits) <= {0, 9}
+    assert answered <= int(about["num_queries"]) == 200
+    assert cached[0] == cached[1] <= answered
+    if not die_at:
+        assert answered == 200  # exactly, and each of them cached but where two asked the same at once
+        ledger_module.verify(str(path))
+
+
+def _tiny():
+    class Tiny:
+        name, fingerprint, classes, query_budget = "tiny", "abc", ("a", "b"), 200
+
+    return Tiny()
