@@ -1,4 +1,4 @@
-"""Every black-box experiment of both seeds, one after the other, ending in their table with our numbers beside the published.
+"""Every black-box experiment, one after the other, ending in their table with our numbers beside the published.
 
     python black_box/run_all.py --demo
     python black_box/run_all.py --demo --seeds 0 1 2

@@ -1,4 +1,4 @@
-"""The two ways a run ends early. Both carry one line that a person can act on."""
+"""Errors the user can fix. Each carries one line that says how."""
 
 import sys
 from collections.abc import Callable

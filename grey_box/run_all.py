@@ -1,4 +1,4 @@
-"""Every grey-box experiment of both seeds, one after the other, ending in their table with our numbers beside the published.
+"""Every grey-box experiment, one after the other, ending in their table with our numbers beside the published.
 
     python grey_box/run_all.py --demo
     python grey_box/run_all.py --demo --seeds 0 1 2

@@ -1,4 +1,4 @@
-"""The rooms of the package: who imports whom, read from the code. docs: DESIGN.md."""
+"""The rooms of the package: who imports whom, read from the code."""
 
 import ast
 from collections.abc import Iterator

@@ -299,10 +299,10 @@ class DataFree:
     `num_queries` is what the attack needs in all, for the progress bar. The student is scored every `score_every` queries and
     at the end; nothing here looks at the scores. A sheet of generated clips is drawn at each evaluation.
 
-    Resumes bitwise reproducible on a CPU, and nothing is asked twice: answers leave the ledger only when the state after their
-    iteration is on the disk. An exhausted budget ends the `with` block and leaves the checkpoint before it, so that a larger
-    one goes on as if there had been no other. Raises UserError when a loss is not finite, KeyboardInterrupt after Ctrl-C, the
-    state being saved.
+    Resumes bitwise reproducible on a CPU, and cached answers are not asked for again: they leave the ledger only when the state
+    after their iteration is on the disk. An exhausted budget ends the `with` block and leaves the checkpoint before it, so that
+    a larger one goes on as if there had been no other. Raises UserError when a loss is not finite, KeyboardInterrupt after
+    Ctrl-C, the state being saved.
     """
 
     def __init__(

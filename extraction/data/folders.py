@@ -147,7 +147,7 @@ def _some(names: Sequence[str]) -> str:
 
 # --- unrelated videos ------------------------------------------------------------------------------------------------
 
-# Where the seeds' unrelated videos are, and what stands in for them in the demo.
+# Where the unrelated videos of the 2022 experiments are, and what stands in for them in the demo.
 AUX = {
     "ucf101": ("datasets/UCF-101", "datasets/demo/unrelated_a"),
     "hmdb51": ("datasets/hmdb51", "datasets/demo/unrelated_b"),

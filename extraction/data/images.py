@@ -31,7 +31,7 @@ NUM_DRAWS = 20  # numbers in 0..1 that say how one layer moves
 
 
 class Layer(NamedTuple):
-    """How far one layer of a clip may move; the seed's constants are the defaults."""
+    """How far one layer of a clip may move; 2022's constants are the defaults."""
 
     translation: float = 0.1  # of the frame's width, to either side
     rotation: float = 15.0  # degrees, to either side

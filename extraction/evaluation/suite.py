@@ -28,7 +28,7 @@ class Experiment(NamedTuple):
 
     name: str  # of its run folder
     script: str
-    published: str  # top-5 / top-1 in percent, as the seeds have them
+    published: str  # top-5 / top-1 in percent, as published
     flags: tuple[str, ...] = ()
 
 
