@@ -137,6 +137,14 @@ def test_a_data_free_attack_in_two_processes_follows_one(demo_set, tmp_path):
     assert "--batch-size 9: it must be a multiple of the 2 processes" in "".join(outputs)
 
 
+def test_a_budget_ends_a_data_free_attack_in_all_processes(demo_set, tmp_path):
+    flags = ["--val", demo_set / "val", "--iterations", 2, "--batch-size", 4, "--replay-clips", 16, "--query-budget", 45]
+    outputs = finish(start(MAZE, tmp_path / "run", flags))
+    results = results_of(tmp_path / "run")
+    assert (results["num_queries"], results["stopped"]) == (44, "query budget")  # whole batches of 4
+    assert "44 of 45 queries used; run again with a larger --query-budget" in "".join(outputs)
+
+
 def test_bad_input_is_reported_once(kd_flags, tmp_path):
     outputs = finish(start(KD, tmp_path / "run", [*kd_flags, "--epochs", 0]), 1)
     outputs += finish(start(KD, tmp_path / "run", [*kd_flags, "--victim", "nobody"]), 1)

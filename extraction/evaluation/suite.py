@@ -112,8 +112,10 @@ def write_table(experiments: Sequence[Experiment], out_dir: str | Path, seeds: S
         cells = [experiment.name, victim, first["student"], queries, *scores, seconds, experiment.published]
         lines.append(f"| {' | '.join(cells)} |")
     commits = sorted({r["commit"] for results in found.values() for r in results})
+    unseen = next((r["num_unseen_videos"] for results in found.values() for r in results if "num_unseen_videos" in r), None)
+    others = f" (unseen: on {unseen} others, drawn for this alone)" if unseen else ""
     text = "\n".join(lines) + (
-        f"\n\nPercent on {some['num_val_videos']} held-out videos, chance {100 * some['chance_top1']:.1f}; "
+        f"\n\nPercent on {some['num_val_videos']} held-out videos{others}, chance {100 * some['chance_top1']:.1f}; "
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(str(s) for s in seeds)}; commit {', '.join(commits)}.\n"
     )
     write_atomically(out_dir / "table.md", lambda file: file.write(text.encode()))

@@ -128,6 +128,9 @@ class Ledger:
         self.classes = tuple(json.loads(kept["classes"]))
         self.query_budget = None if self._victim is None else self._victim.query_budget
         distributed.on_main_process(lambda: self._open_sources(answers_from))
+        if self.num_unanswered and not shared:  # of a shared one they may be under way
+            lost = f"{self.num_unanswered} queries were counted before a crash that lost their answers"
+            print(f"{lost}; asked again, they count again")
 
     def _open(self) -> dict[str, str]:
         self._database = _connect(self.path)
@@ -192,7 +195,7 @@ class Ledger:
 
     def _find(self, keys: Sequence[bytes], table: str = "answers") -> dict[bytes, bytes]:
         found: dict[bytes, bytes] = {}
-        for database in (self._database, *self._sources):
+        for database in (self._database, *(self._sources if table == "answers" else ())):
             missing = [key for key in keys if key not in found]
             for i in range(0, len(missing), 500):
                 part = missing[i : i + 500]
@@ -261,7 +264,12 @@ class Ledger:
             raise UserError(f"{len(new)} views are not in {self.path}, and the victim's weights are not here to ask")
         uncounted = [key for key in new if key not in self._reserved]
         if uncounted:
-            self._num_queries = distributed.on_main_process(lambda: self._count_or_refuse(uncounted))
+            self._num_queries, counted = distributed.on_main_process(lambda: self._count_if_affordable(uncounted))
+            if not counted:  # in all processes, so that each ends its loop in good order
+                raise BudgetExhausted(
+                    f"query budget exhausted: {self._num_queries} of {self.query_budget} queries spent, "
+                    f"{len(uncounted)} more asked for; raise --query-budget to go on"
+                )
         self._reserved.difference_update(new)
         own = {key: place for key, place in new.items() if 0 <= place < count}
         pairs: list[tuple[bytes, bytes]] = []
@@ -269,26 +277,24 @@ class Ledger:
             chosen = clips if len(own) == len(clips) else clips[list(own.values())]
             try:
                 pairs = list(zip(own, encode_answers(self._victim.query(chosen), self._layout), strict=True))
-            except UserError:  # the victim refused: it gave no answer to count
-                self._num_queries = self._uncount(list(new))
+            except UserError:  # the victim refused: it gave no answer to count; another process's share it may have answered
+                if distributed.num_processes() == 1:
+                    self._num_queries = self._uncount(list(new))
                 raise
         rows = dict(distributed.gather(pairs))
         return distributed.on_main_process(lambda: self._keep(rows))  # on the disk before anyone uses them
 
-    def _count_or_refuse(self, keys: list[bytes]) -> int:
-        """Count queries before the victim sees them, durably. Returns all that were counted so far.
+    def _count_if_affordable(self, keys: list[bytes]) -> tuple[int, bool]:
+        """Count queries before the victim sees them, durably: all of them, or none when the budget has no room.
 
-        Raises BudgetExhausted, with nothing counted, when the budget leaves no room for them.
+        Returns all that were counted so far, and whether these are among them.
         """
         with self._writing():
             used = self._read_count()
             if self.query_budget is not None and used + len(keys) > self.query_budget:
-                raise BudgetExhausted(
-                    f"query budget exhausted: {used} of {self.query_budget} queries spent, "
-                    f"{len(keys)} more asked for; raise --query-budget to go on"
-                )
+                return used, False
             self._count(keys)
-        return used + len(keys)
+        return used + len(keys), True
 
     def _count(self, keys: list[bytes]) -> None:
         self._database.executemany("INSERT OR IGNORE INTO asked VALUES (?)", [(key,) for key in keys])
@@ -380,7 +386,7 @@ def open_existing(path: str | Path) -> tuple[sqlite3.Connection, dict[str, str]]
     if not Path(path).is_file():
         raise UserError(f"ledger {path} not found")
     try:
-        database = sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", timeout=60, uri=True)
+        database = sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", timeout=60, uri=True, check_same_thread=False)
         about = dict(database.execute("SELECT name, value FROM about"))
     except sqlite3.Error as error:
         raise UserError(f"{path}: not a ledger ({error})") from None
@@ -477,11 +483,12 @@ def merge(into: _INTO, other: _OTHER, /) -> int:
         target.execute("BEGIN IMMEDIATE")
         with target:
             row = target.execute("SELECT num_queries FROM merged WHERE id = ?", (ledger_id,)).fetchone()
-            grown = int(theirs["num_queries"]) - (row[0] if row else 0)  # what was merged before counts once
+            count = target.execute("SELECT value FROM other.about WHERE name = 'num_queries'").fetchone()  # as of these answers
+            grown = int(count[0]) - (row[0] if row else 0)  # what was merged before counts once
             added = target.execute(
                 "INSERT OR IGNORE INTO answers (key, answer) SELECT key, answer FROM other.answers ORDER BY id"
             ).rowcount
-            target.execute("INSERT OR REPLACE INTO merged VALUES (?, ?)", (ledger_id, int(theirs["num_queries"])))
+            target.execute("INSERT OR REPLACE INTO merged VALUES (?, ?)", (ledger_id, int(count[0])))
             target.execute("UPDATE about SET value = value + ? WHERE name = 'num_queries'", (grown,))
             total = target.execute("SELECT value FROM about WHERE name = 'num_queries'").fetchone()[0]
     except sqlite3.Error as error:

@@ -103,12 +103,14 @@ def find_weights(name: str, weights: str | Path | None = None) -> Path:
     return path
 
 
-def _read_code(function: Callable) -> str:
-    """The source of a loader that a user wrote; of the package's own, nothing."""
+def _read_code(load: Callable) -> str | None:
+    """The source of a loader that a user wrote; None for the package's own, which `_loader` makes."""
+    if isinstance(load, partial) or "_loader." in load.__qualname__:
+        return None
     try:
-        return "" if isinstance(function, partial) or "_loader." in function.__qualname__ else inspect.getsource(function)
-    except (OSError, TypeError):
-        return repr(function)
+        return inspect.getsource(load)
+    except (OSError, TypeError):  # typed into a shell
+        return load.__qualname__
 
 
 def load_model(name: str, weights: str | Path | None = None, device: str | torch.device = "cpu") -> VictimModel:
@@ -117,11 +119,10 @@ def load_model(name: str, weights: str | Path | None = None, device: str | torch
     load = _find_victim(name)[0]
     model, classes = load(path)
     mark = fingerprint(path)
-    if ":" in name or not getattr(load, "__qualname__", "").startswith(
-        "_loader."
-    ):  # more than weights makes these answers, and can be edited
+    code = _read_code(load)
+    if ":" in name or code is not None:  # more than the weights makes these answers, and it can be edited
         clip = [model.num_frames, model.size, model.mean.flatten().tolist(), model.std.flatten().tolist()]
-        mark += "-" + hashlib.blake2b(repr([classes, clip, _read_code(load)]).encode(), digest_size=4).hexdigest()
+        mark += "-" + hashlib.blake2b(repr([classes, clip, code or ""]).encode(), digest_size=4).hexdigest()
     return VictimModel(model, classes, name, mark).to(device)
 
 

@@ -139,6 +139,16 @@ def test_a_second_run_over_a_full_ledger_asks_nothing_and_needs_no_weights(confi
     assert (tmp_path / "run" / "student.safetensors").read_bytes() == (tmp_path / "student.safetensors").read_bytes()
 
 
+def test_answers_of_another_run_cost_nothing_and_give_the_same_student(config, tmp_path):
+    swin_to_r21_kd.main(config)
+    again = dataclasses.replace(
+        config, out_dir=str(tmp_path / "again"), answers_from=(f"{config.out_dir}/ledger.sqlite",), query_budget=0
+    )
+    results = swin_to_r21_kd.main(again)
+    assert (results["num_queries"], results["stopped"]) == (0, "epochs")
+    assert equal(weights_of(config), weights_of(again))
+
+
 def test_resumes_to_the_same_bits_from_any_step(config, tmp_path, monkeypatch):
     from extraction.runs import Run
 

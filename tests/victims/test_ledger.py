@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -269,7 +270,7 @@ def test_the_ledger_keeps_every_digit_and_forgets_answers_but_not_their_count(tm
 # --- crashes and sharing -------------------------------------------------------------------------------------------
 
 
-def test_queries_are_counted_before_the_victim_sees_them(tmp_path, clips, monkeypatch):
+def test_queries_are_counted_before_the_victim_sees_them(tmp_path, clips, monkeypatch, capsys):
     from extraction.victims.query_interface import Victim
 
     seen = []
@@ -289,6 +290,7 @@ def test_queries_are_counted_before_the_victim_sees_them(tmp_path, clips, monkey
     ledger.close()
     ledger = open_ledger(tmp_path / "l.sqlite", budget=9)
     assert (len(ledger), ledger.num_queries, ledger.num_unanswered) == (0, 3, 3)
+    assert "3 queries were counted before a crash that lost their answers" in capsys.readouterr().out
     ledger.query(clips[:3], KEYS[:3])  # asked again, and counted again: the victim may have answered before
     assert (len(ledger), ledger.num_queries) == (3, 6)
     ledger.close()
@@ -324,7 +326,9 @@ def test_answers_of_other_ledgers_are_read_in_place(tmp_path, clips):
         return load_victim("demo_swin", None, "probs", num_queries=num_queries)
 
     ledger = Ledger(tmp_path / "l.sqlite", opener, "probs", answers_from=[tmp_path / "other.sqlite"])
-    assert torch.equal(ledger.query(clips[:3], KEYS[:3]), answers)
+    with ThreadPoolExecutor(1) as thread:  # as training asks ahead
+        assert thread.submit(ledger.reserve, KEYS[:3]).result() == 3
+        assert torch.equal(thread.submit(ledger.query, clips[:3], KEYS[:3]).result(), answers)
     assert ledger.num_queries == 0
     ledger.query(clips, KEYS)
     assert ledger.num_queries == len(KEYS) - 3
