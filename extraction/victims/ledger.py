@@ -93,15 +93,12 @@ class Ledger:
         self._sources: list[sqlite3.Connection] = []
         self._reserved: set[bytes] = set()
         kept = distributed.on_main_process(self._open)
-        self._num_queries = int(kept.get("num_queries", 0))
         self.num_unanswered = int(kept.pop("num_unanswered", 0))  # counted before a crash that lost their answers
-        used = self._num_queries + len(self) > 0  # a run that failed before its first query binds nobody
-        if used:
-            self._check("answers", kept["answers"], answers)
-            self._check("decimals", kept["decimals"], str(decimals))
-            self._check("answers packed as", _layout(kept), self._layout)
+        wanted = dict(answers=answers, decimals=str(decimals), layout=self._layout)
+        if int(kept.get("num_queries", 0)) + len(self) > 0:  # a run that failed before its first query binds nobody
+            self._check(kept, wanted)
         try:
-            self._victim = open_victim(self._num_queries)
+            self._victim = open_victim(int(kept.get("num_queries", 0)))
         except UserError as error:
             if not kept:
                 self.close()
@@ -109,21 +106,11 @@ class Ledger:
             print(f"{error}\nanswering from {self.path} alone: {len(self)} answers kept")
             self._victim = None
         if self._victim is not None:
-            about = dict(
-                answers=answers,
-                decimals=str(decimals),
-                layout=self._layout,
-                victim=self._victim.name,
-                fingerprint=self._victim.fingerprint,
-                classes=json.dumps(self._victim.classes),
-            )
-            if used:
-                self._check(
-                    "victim", f"{kept['victim']} ({kept['fingerprint']})", f"{about['victim']} ({about['fingerprint']})"
-                )
-            else:
-                distributed.on_main_process(lambda: self._begin(about | {"num_queries": "0", "id": uuid.uuid4().hex}))
-                kept = about
+            victim = dict(victim=self._victim.name, fingerprint=self._victim.fingerprint)
+            about = wanted | victim | dict(classes=json.dumps(self._victim.classes))
+            kept = distributed.on_main_process(lambda: self._begin(about))
+            self._check(kept, wanted | dict(victim=f"{self._victim.name} ({self._victim.fingerprint})"))
+        self._num_queries = int(kept["num_queries"])
         self.victim, self.fingerprint = kept["victim"], kept["fingerprint"]
         self.classes = tuple(json.loads(kept["classes"]))
         self.query_budget = None if self._victim is None else self._victim.query_budget
@@ -152,18 +139,31 @@ class Ledger:
                 )
             self._sources.append(database)
 
-    def _begin(self, about: dict[str, str]) -> None:
-        """Write whose answers these will be; what the evaluator kept of another victim goes."""
+    def _begin(self, about: dict[str, str]) -> dict[str, str]:
+        """Write whose answers these will be, unless there are queries or answers already. Returns what the ledger says then.
+
+        One transaction: of runs that open a new ledger at once none sets back what another has counted. What the evaluator
+        kept of another victim goes.
+        """
         with self._writing():
             kept = dict(self._database.execute("SELECT name, value FROM about"))
-            if any(kept.get(name) != about[name] for name in ("victim", "fingerprint", "classes")):
-                self._database.execute("DELETE FROM evaluator")
-            self._database.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", about.items())
+            if int(kept.get("num_queries", 0)) == 0 and not self._database.execute("SELECT 1 FROM answers LIMIT 1").fetchone():
+                if any(kept.get(name) != about[name] for name in ("victim", "fingerprint", "classes")):
+                    self._database.execute("DELETE FROM evaluator")
+                kept = dict(num_queries="0", id=uuid.uuid4().hex) | kept | about
+                self._database.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", kept.items())
+        return kept
 
-    def _check(self, what: str, kept: str, wanted: str) -> None:
-        if kept != wanted:
-            self.close()
-            raise UserError(f"{self.path} keeps {what} {kept}, this run wants {wanted}; choose another --out-dir")
+    def _check(self, kept: dict[str, str], wanted: dict[str, str]) -> None:
+        """Raise UserError when a ledger with queries says other than what this run wants."""
+        kept = kept | dict(layout=_layout(kept), victim=f"{kept['victim']} ({kept['fingerprint']})")
+        for name in wanted:
+            if kept[name] != wanted[name]:
+                self.close()
+                what = {"layout": "answers packed as"}.get(name, name)
+                raise UserError(
+                    f"{self.path} keeps {what} {kept[name]}, this run wants {wanted[name]}; choose another --out-dir"
+                )
 
     @property
     def num_classes(self) -> int:

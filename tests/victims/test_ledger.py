@@ -318,6 +318,22 @@ def test_runs_that_share_a_ledger_share_a_budget(tmp_path, clips):
     assert second.num_queries == 4
 
 
+def test_a_run_that_opens_a_new_ledger_late_sets_nothing_back(tmp_path, clips):
+    first = open_ledger(tmp_path / "l.sqlite", budget=4)
+
+    def open_late(num_queries):  # the other run asks between this one's look at the file and its first words in it
+        first.query(clips[:3], KEYS[:3])
+        return load_victim("demo_swin", None, "probs", 4, num_queries=num_queries)
+
+    second = Ledger(tmp_path / "l.sqlite", open_late, "probs", shared=True)
+    assert second.num_queries == 3
+    assert second.reserve(KEYS) == 4  # three are cached, and one is left
+    with sqlite3.connect(tmp_path / "l.sqlite") as database:
+        assert database.execute("SELECT value FROM about WHERE name = 'num_queries'").fetchone() == ("4",)
+    with pytest.raises(UserError, match="keeps answers probs, this run wants label"):
+        open_ledger(tmp_path / "l.sqlite", "label")
+
+
 def test_answers_of_other_ledgers_are_read_in_place(tmp_path, clips):
     other = open_ledger(tmp_path / "other.sqlite")
     answers = other.query(clips[:3], KEYS[:3])  # still open: its answers are in the write-ahead log
