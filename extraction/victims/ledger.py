@@ -150,8 +150,9 @@ class Ledger:
             if int(kept.get("num_queries", 0)) == 0 and not self._database.execute("SELECT 1 FROM answers LIMIT 1").fetchone():
                 if any(kept.get(name) != about[name] for name in ("victim", "fingerprint", "classes")):
                     self._database.execute("DELETE FROM evaluator")
-                kept = dict(num_queries="0", id=uuid.uuid4().hex) | kept | about
-                self._database.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", kept.items())
+                kept = dict(num_queries="0") | kept | about
+            kept = dict(id=uuid.uuid4().hex) | kept  # one of before has none
+            self._database.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", kept.items())
         return kept
 
     def _check(self, kept: dict[str, str], wanted: dict[str, str]) -> None:
@@ -476,20 +477,21 @@ def merge(into: _INTO, other: _OTHER, /) -> int:
     if _layout(about) != _layout(theirs):
         raise UserError(f"one of {into} and {other} is exact (float32), the other is not")
     database.close()
-    ledger_id = theirs.get("id") or hashlib.blake2b(repr(sorted(theirs.items())).encode(), digest_size=16).hexdigest()
     target = _connect(Path(into))
     try:
         target.execute("ATTACH ? AS other", (str(other),))
         target.execute("BEGIN IMMEDIATE")
         with target:
-            row = target.execute("SELECT num_queries FROM merged WHERE id = ?", (ledger_id,)).fetchone()
-            count = target.execute("SELECT value FROM other.about WHERE name = 'num_queries'").fetchone()  # as of these answers
-            grown = int(count[0]) - (row[0] if row else 0)  # what was merged before counts once
+            mine, others = _read_shares(target, "main"), _read_shares(target, "other")
+            if (own := next(iter(mine))) == next(iter(others)):  # a plain copy: which of its queries came later can't be told
+                others[f"{own}, copied"] = others.pop(own)
+            grown = {name: count for name, count in others.items() if count > mine.get(name, 0)}
             added = target.execute(
                 "INSERT OR IGNORE INTO answers (key, answer) SELECT key, answer FROM other.answers ORDER BY id"
             ).rowcount
-            target.execute("INSERT OR REPLACE INTO merged VALUES (?, ?)", (ledger_id, int(count[0])))
-            target.execute("UPDATE about SET value = value + ? WHERE name = 'num_queries'", (grown,))
+            target.executemany("INSERT OR REPLACE INTO merged VALUES (?, ?)", grown.items())
+            more = sum(count - mine.get(name, 0) for name, count in grown.items())  # what was merged before counts once
+            target.execute("UPDATE about SET value = value + ? WHERE name = 'num_queries'", (more,))
             total = target.execute("SELECT value FROM about WHERE name = 'num_queries'").fetchone()[0]
     except sqlite3.Error as error:
         raise UserError(f"cannot merge {other} into {into}: {error}") from None
@@ -497,13 +499,28 @@ def merge(into: _INTO, other: _OTHER, /) -> int:
     return added
 
 
+def _read_shares(database: sqlite3.Connection, name: str) -> dict[str, int]:
+    """Whose queries a ledger counts: by ledger id, its own first, then those of the ledgers that were merged into it."""
+    about = dict(database.execute(f"SELECT name, value FROM {name}.about"))
+    has_merged = database.execute(f"SELECT 1 FROM {name}.sqlite_master WHERE name = 'merged'").fetchone()  # old ones have not
+    merged = dict(database.execute(f"SELECT id, num_queries FROM {name}.merged")) if has_merged else {}
+    own = about.get("id") or hashlib.blake2b(repr(sorted(about.items())).encode(), digest_size=16).hexdigest()
+    return {own: int(about["num_queries"]) - sum(merged.values())} | merged
+
+
 def copy(ledger: _LEDGER, out: Annotated[str, tyro.conf.arg(metavar="OUT", help="The copy, a new file.")], /) -> None:
     """Copy a ledger whole, also one that a run is writing to. (A plain copy of the file may lack its latest answers.)"""
     database, _ = open_existing(ledger)
     if Path(out).exists():
         raise UserError(f"{out} is there already; choose another name")
-    with contextlib.closing(sqlite3.connect(out)) as target:
+    with contextlib.closing(sqlite3.connect(out, isolation_level=None)) as target:
         database.backup(target)
+        target.executescript(_SCHEMA)  # an old one gets the newer tables
+        target.execute("BEGIN")
+        with target:  # a ledger of its own from here on, whose queries so far are the other's
+            shares = _read_shares(target, "main")
+            target.executemany("INSERT OR REPLACE INTO merged VALUES (?, ?)", shares.items())
+            target.execute("INSERT OR REPLACE INTO about VALUES ('id', ?)", (uuid.uuid4().hex,))
     print(f"{ledger} copied to {out}")
 
 

@@ -32,7 +32,8 @@ def small_demo(demo_set: Path, script: str = SCRIPTS[0]) -> list[str]:
 
 
 def start(script: str, out_dir: Path, flags: list[str]) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / script), "--demo", "--device", "cpu", "--out-dir", str(out_dir), *flags]
+    metered = [sys.executable, str(ROOT / "tests/metered.py"), f"{out_dir}.meter", str(ROOT / script)]
+    command = [*metered, "--demo", "--device", "cpu", "--out-dir", str(out_dir), *flags]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -73,12 +74,16 @@ def test_random_kills_change_nothing(script, tmp_path, demo_set, request):
     run_to_the_end(script, tmp_path / "killed", flags)
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("undisturbed", "killed")]
     students = [read_student(tmp_path / name) for name in ("undisturbed", "killed")]
-    print(f"{script}: {done} kills, {results[1]['num_queries']} queries, {looping:.0f} s undisturbed")
+    answered = (tmp_path / "killed.meter").stat().st_size
+    print(
+        f"{script}: {done} kills, {results[1]['num_queries']} queries counted, {answered} answered, {looping:.0f} s undisturbed"
+    )
     assert done >= kills / 2
     assert students[0] == students[1]
     # A batch is counted before the victim sees it: one that was killed in flight is asked again, and counted again.
     undisturbed, killed = (result["num_queries"] for result in results)
-    assert undisturbed <= killed <= undisturbed + done * results[1]["config"]["batch_size"]
+    assert undisturbed == (tmp_path / "undisturbed.meter").stat().st_size
+    assert undisturbed <= answered <= killed <= undisturbed + done * results[1]["config"]["batch_size"]
     for point, other in zip(*(result["history"] for result in results), strict=True):
         assert point["num_queries"] <= other["num_queries"] <= killed
         assert point | {"num_queries": 0} == other | {"num_queries": 0}
