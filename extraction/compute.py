@@ -33,7 +33,7 @@ class Compute(NamedTuple):
             if weight.ndim in LAYOUTS:
                 weight.data = weight.data.contiguous(memory_format=LAYOUTS[weight.ndim])
         for part in model.modules():
-            if isinstance(part, VideoModel):
+            if isinstance(part, VideoModel) and next(part.parameters(), None) is not None:  # else PyTorch does not run it
                 part.precision, part.compile_after = self.precision, self.compile_after
         return model
 

@@ -118,7 +118,9 @@ def open_attack(config: Any, run: Run, *, exact: bool = False) -> Attack:
 
     @functools.cache
     def load() -> VictimModel:  # once, for the query interface and for the evaluator's own answers
-        return compute.prepare(load_model(config.victim, config.victim_weights))
+        return compute.prepare(
+            load_model(config.victim, config.victim_weights, classes=config.victim_classes, about=config.victim_about)
+        )
 
     if isinstance(config, VictimOptions):
         answers, budget, decimals = config.answers, config.query_budget, config.decimals

@@ -100,9 +100,13 @@ class ScoredVictimOptions:
     """The victim that the student is compared with."""
 
     victim: str
-    """The model under attack: an unknown name lists them; torchvision:NAME, mmaction2:CONFIG and pytorchvideo:NAME work too."""
+    """The model under attack: an unknown name lists them; torchvision:NAME, tflite:FILE, onnx:FILE, FILE.py:FUNCTION too."""
     victim_weights: str | None = None
     """The victim's weight file; by default its usual place under weights/."""
+    victim_classes: str | None = None
+    """The victim's class names in the order of its logits: k400, k600 or a text file with one a line; by default its own."""
+    victim_about: str | None = None
+    """JSON file that says how a tflite: or onnx: victim takes clips; by default FILE.json beside it, if there."""
     min_victim_top1: float | None = None
     """Stop before the first query unless the victim's top-1 on --val is at least this fraction; default 3 x chance, 0: off."""
 

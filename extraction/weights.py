@@ -137,3 +137,12 @@ def fingerprint(path: str | Path) -> str:
                 while block := stream.read(1 << 24):
                     digest.update(block)
     return digest.hexdigest()
+
+
+def fingerprint_state(state: Mapping[str, Tensor]) -> str:
+    """A short name for the names, shapes and values of a state dict."""
+    digest = hashlib.blake2b(digest_size=8)
+    for key, value in state.items():
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

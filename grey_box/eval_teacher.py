@@ -36,6 +36,10 @@ class Config(options.ComputeOptions):
     """Any victim's name; swin and movinet are short for swin_b_k400 and movinet_a2_k600 (and for the demo's own)."""
     victim_weights: str | None = None
     """The victim's weight file; by default its usual place under weights/."""
+    victim_classes: str | None = None
+    """The victim's class names in the order of its logits: k400, k600 or a text file with one a line; by default its own."""
+    victim_about: str | None = None
+    """JSON file that says how a tflite: or onnx: victim takes clips; by default FILE.json beside it, if there."""
     data: str | None = None
     """Labelled videos in class folders; by default datasets/kinetics400_val, for k600 victims datasets/kinetics600_val."""
     data_list: str | None = None
@@ -87,13 +91,13 @@ def main(config: Config) -> dict:
     find_weights(name, config.victim_weights)
     if config.demo:
         write_demo_set("datasets/demo", {"val": 20})
-    k600 = "k600" in name
+    k600 = "k600" in name or config.victim_classes == "k600"
     root = require_folder(
         config.data or f"datasets/kinetics{600 if k600 else 400}_val", "labelled videos (10 % of a validation set, say)"
     )
     views = parse_views(config.views)
     compute = choose_compute(config.device, config.precision, config.compile)
-    victim = compute.prepare(load_model(name, config.victim_weights))
+    victim = compute.prepare(load_model(name, config.victim_weights, classes=config.victim_classes, about=config.victim_about))
     clips = Clips(
         find_videos(root, victim.classes, "val", config.data_list),
         views=views,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from extraction.errors import UserError
 from extraction.network import VideoModel
-from extraction.victims.classes import KNOWN_CLASSES
+from extraction.victims.classes import KNOWN_CLASSES, read_classes
 from extraction.weights import load_strictly, read_checkpoint, read_metadata, read_state
 
 
@@ -39,25 +39,28 @@ class Recognizer(nn.Module):
         return logits
 
 
-def load_recognizer(config: str | Path, weights: Path) -> tuple[VideoModel, list[str]]:
+def load_recognizer(config: str | Path, weights: Path, classes: list[str] | None = None) -> tuple[VideoModel, list[str]]:
     """Build the model of an mmaction2 config and load its checkpoint.
 
-    Its classes are those in the checkpoint's meta or, failing that, in `NAME.classes.txt` beside the checkpoint `NAME.pth`:
-    one name per line in the order of the logits, or the single word k400 or k600. Mean and standard deviation are the
-    config's `data_preprocessor`, length and size of a clip those of its validation pipeline.
+    Its classes are `classes`, for which the head is built, else those in the checkpoint's meta or, failing that, in
+    `NAME.classes.txt` beside the checkpoint `NAME.pth`: one name per line in the order of the logits, or the single word k400
+    or k600. Mean and standard deviation are the config's `data_preprocessor`, length and size of a clip those of its
+    validation pipeline.
 
     Raises UserError, in one line, for a config or checkpoint that is not such a model's, and when the classes are unknown.
     """
     if not Path(config).is_file():
         raise UserError(f"config {config} not found: mmaction2:<config file> names a config of mmaction2 1.x")
     described = _read_config(config)
+    if classes is not None and "num_classes" in (described.model.get("cls_head") or {}):
+        described.model.cls_head.num_classes = len(classes)
     net = _build(config, described.model)
     normaliser: Any = net.data_preprocessor
     head = getattr(net, "cls_head", None)
     layout = getattr(normaliser, "format_shape", None)
     if head is None or layout not in ("NCTHW", "NCHW") or not hasattr(net, "extract_feat"):
         raise UserError(f"{config}: not a recogniser of RGB clips (it needs a cls_head and frames laid out as NCTHW or NCHW)")
-    classes = _find_classes(weights)
+    classes = classes or _find_classes(weights)
     if len(classes) != head.num_classes:
         raise UserError(f"{weights}: {len(classes)} class names for the {head.num_classes} classes of {config}")
     state = {key: value for key, value in read_state(weights).items() if not key.startswith("data_preprocessor.")}
@@ -131,8 +134,8 @@ def _find_classes(weights: Path) -> list[str]:
             f"{weights}: does not say its classes; write {beside.name} beside it, a name per line in the order of the "
             f"logits, or the one word {' or '.join(KNOWN_CLASSES)}"
         )
-    names = [line.strip() for line in beside.read_text().splitlines() if line.strip()]
-    return list(KNOWN_CLASSES[names[0]]()) if len(names) == 1 and names[0] in KNOWN_CLASSES else names
+    word = beside.read_text().strip()
+    return read_classes(word if word in KNOWN_CLASSES else beside)
 
 
 def _find_clip(described: Any) -> tuple[int | None, int | None]:

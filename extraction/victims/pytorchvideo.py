@@ -57,8 +57,10 @@ class HubModel(nn.Module):
         return answers.float().clamp_min(torch.finfo(torch.float32).tiny).log() if self.says_probs else answers
 
 
-def load_hub_model(name: str, weights: Path) -> tuple[VideoModel, list[str]]:
-    """Build the hub's model `name` and load its checkpoint (`model_state` inside). Raises UserError."""
+def load_hub_model(name: str, weights: Path, classes: list[str] | None = None) -> tuple[VideoModel, list[str]]:
+    """Build the hub's model `name` and load its checkpoint (`model_state` inside). `classes` are those of a fine-tuned one,
+    whose last layer has as many outputs. Raises UserError.
+    """
     if name not in MODELS:
         raise UserError(f"pytorchvideo's hub has no Kinetics-400 model {name!r}; there are {', '.join(MODELS)}")
     try:
@@ -68,6 +70,15 @@ def load_hub_model(name: str, weights: Path) -> tuple[VideoModel, list[str]]:
     except ImportError as error:
         raise UserError(f"a victim of pytorchvideo needs it ({error}): pip install -e '.[pytorchvideo]'") from None
     net = getattr(hub, name)(pretrained=False)
+    classes = classes or list(KNOWN_CLASSES["k400"]())
+    _replace_head(net, len(classes))
     load_strictly(net, read_state(weights), weights, f"pytorchvideo's {name}")
     num_frames, size = MODELS[name]
-    return VideoModel(HubModel(net, "slowfast" in name), num_frames, size, MEAN, STD), list(KNOWN_CLASSES["k400"]())
+    return VideoModel(HubModel(net, "slowfast" in name), num_frames, size, MEAN, STD), classes
+
+
+def _replace_head(net: nn.Module, num_classes: int) -> None:
+    """Give the last linear layer, which names the classes in every model of the hub, so many outputs."""
+    path, head = [(name, part) for name, part in net.named_modules() if isinstance(part, nn.Linear)][-1]
+    if head.out_features != num_classes:
+        net.set_submodule(path, nn.Linear(head.in_features, num_classes))

@@ -6,17 +6,21 @@ unmetered, for scoring a victim against labels; no training code calls it.
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from extraction.errors import UserError
 from extraction.network import VideoModel
+from extraction.victims import own
+from extraction.victims.classes import check_classes, read_classes
 from extraction.victims.query_interface import Victim, VictimModel
-from extraction.weights import fingerprint
+from extraction.weights import fingerprint, fingerprint_state
 
 Loaded = tuple[VideoModel, list[str]]  # a model and its classes, in the order of its logits
 _PACKAGE = Path(__file__).parent
@@ -28,7 +32,7 @@ _SWIN_URL = "https://github.com/SwinTransformer/storage/releases/download/v1.0.4
 def _loader(function: str, *args: object) -> Callable[..., Loaded]:
     """`module.function(*args, ...)` of this package, imported when it is called: torchvision takes a second."""
     module, _, name = function.partition(".")
-    return lambda *more: getattr(import_module(f"extraction.victims.{module}"), name)(*args, *more)
+    return lambda *more, **options: getattr(import_module(f"extraction.victims.{module}"), name)(*args, *more, **options)
 
 
 def _published_swin(size: str) -> tuple[Callable[..., Loaded], Path, str]:
@@ -45,8 +49,8 @@ def _published_movinet(model_id: str, size: int) -> tuple[Callable[..., Loaded],
     return _loader("movinet.load_movinet", model_id, size), Path("weights") / f"movinet_{model_id}_base", source
 
 
-# name -> (loader of a weight file, its usual place, where it comes from)
-VICTIMS: dict[str, tuple[Callable[..., Loaded], Path | None, str]] = {
+# name -> (loader of a weight file, its usual place, where it comes from; None: there is no file)
+VICTIMS: dict[str, tuple[Callable[..., Loaded], Path | None, str | None]] = {
     "swin_t_k400": _published_swin("tiny"),
     "swin_s_k400": _published_swin("small"),
     "swin_b_k400": _published_swin("base"),
@@ -65,36 +69,73 @@ VICTIMS: dict[str, tuple[Callable[..., Loaded], Path | None, str]] = {
     "trained": (_loader("trained.load_trained"), None, "train_victim.py"),
 }
 
-# Families of victims, named `family:member` -> (loader of a member's weight file, where those come from)
+# Families of victims, named `family:member` -> (loader of a member's weight file, where those come from). It takes the classes
+# of a fine-tuned model too.
 FAMILIES: dict[str, tuple[Callable[..., Loaded], str]] = {
     "torchvision": (_loader("torchvision.load_torchvision"), "torchvision's weights of that model"),
     "mmaction2": (_loader("mmaction.load_recognizer"), "the checkpoint that belongs to that config file"),
     "pytorchvideo": (_loader("pytorchvideo.load_hub_model"), "pytorchvideo's model zoo, Kinetics-400"),
 }
 
+# Files that hold a whole model, named `kind:file` -> loader of the file; it takes the classes and what is said of it.
+GRAPHS: dict[str, Callable[..., Loaded]] = {
+    "tflite": _loader("exported.load_tflite"),
+    "onnx": _loader("exported.load_onnx"),
+}
 
-def _find_victim(name: str) -> tuple[Callable[..., Loaded], Path | None, str]:
+
+def add_victim(name: str, net: nn.Module, classes: Sequence[str], **clip: Any) -> None:
+    """Let `name` be a victim from now on, for `load_victim` and for the scripts' `--victim`: a copy of a PyTorch module.
+
+    `classes` are its class names in the order of its logits. `clip`: `frames` and `size` (left out: any), `mean` and `std` per
+    colour of pixels from 0 to `scale` (1 if left out). A `VideoModel` knows its clip itself. Raises UserError for what does not
+    fit together.
+    """
+    if ":" in name or (name in VICTIMS and VICTIMS[name][2] is not None):
+        raise UserError(f"a victim of one's own cannot be called {name!r}: that is another's name")
+    VICTIMS[name] = (own.keep_module(net, classes, clip, f"victim {name!r}"), None, None)
+
+
+def _is_own(name: str) -> bool:
+    return name.partition(":")[0].endswith(".py") and name not in VICTIMS
+
+
+def _find_victim(name: str) -> tuple[Callable[..., Loaded], Path | None, str | None]:
     family, _, member = name.partition(":")
+    if name in VICTIMS:
+        return VICTIMS[name]
+    if member and family in GRAPHS:
+        return GRAPHS[family], Path(member), "the file itself"
     if member and family in FAMILIES:
         load, source = FAMILIES[family]
         return partial(load, member), None, source
-    if name not in VICTIMS:
-        known = [*VICTIMS, "torchvision:<name>", "mmaction2:<config file>", "pytorchvideo:<hub name>"]
-        raise UserError(f"no victim is called {name!r}; there are {', '.join(known)}")
-    return VICTIMS[name]
+    if member and _is_own(name):
+        return partial(own.load_own, family, member), None, None
+    known = [*VICTIMS, "torchvision:<name>", "mmaction2:<config file>", "pytorchvideo:<hub name>"]
+    known += ["tflite:<file>", "onnx:<file>", "<file>.py:<function>"]
+    raise UserError(f"no victim is called {name!r}; there are {', '.join(known)}")
 
 
-def find_weights(name: str, weights: str | Path | None = None) -> Path:
-    """The weight file (or folder) of a victim: `weights`, or its usual place.
+def find_weights(name: str, weights: str | Path | None = None) -> Path | None:
+    """The weight file (or folder) of a victim: `weights`, or its usual place; None for one that needs none.
 
     Raises UserError when there is no victim of that name, or no file: the line says which path and where to get it.
     """
     _, usual, source = _find_victim(name)
+    family, _, member = name.partition(":")
+    if weights is not None and (family in GRAPHS or (source is None and not _is_own(name))):
+        raise UserError(f"victim {name!r} is whole; leave --victim-weights away")
     if name.endswith("_tfhub") and "://" in str(weights):
         from extraction.victims import tfhub
 
         return tfhub.download(str(weights))
+    if family in GRAPHS or _is_own(name):
+        file = Path(member if family in GRAPHS else family)
+        if not file.is_file():
+            raise UserError(f"victim file {file} not found, or no file")
     path = Path(weights) if weights else usual
+    if path is None and source is None:
+        return None
     if path is None:
         raise UserError(f"victim {name!r} needs --victim-weights: a file from {source}")
     if not path.exists():
@@ -113,17 +154,53 @@ def _read_code(load: Callable) -> str | None:
         return load.__qualname__
 
 
-def load_model(name: str, weights: str | Path | None = None, device: str | torch.device = "cpu") -> VictimModel:
-    """The bare victim, for the evaluator alone: unmetered, in evaluation mode, without gradients."""
+def load_model(
+    name: str,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    classes: str | Path | None = None,
+    about: str | Path | None = None,
+) -> VictimModel:
+    """The bare victim, for the evaluator alone: unmetered, in evaluation mode, without gradients.
+
+    See `load_victim` for `classes` and `about`.
+    """
     path = find_weights(name, weights)
     load = _find_victim(name)[0]
-    model, classes = load(path)
-    mark = fingerprint(path)
+    family = "" if name in VICTIMS else name.partition(":")[0]
+    options: dict[str, Any] = {}
+    if classes is not None:
+        options["classes"] = read_classes(classes)
+    if about is not None:
+        if family not in GRAPHS:
+            raise UserError(f"--victim-about is for {' and '.join(GRAPHS)} files; victim {name!r} knows its clips itself")
+        options["about"] = about
+    model, names = load(path, **(options if family else {}))
+    if classes is not None and not family:  # the classes of another order, or in other words
+        check_classes(options["classes"], f"victim {name!r}", len(names))
+        names = options["classes"]
+    mark, others = _fingerprint(name, family, path, about, model)
     code = _read_code(load)
-    if ":" in name or code is not None:  # more than the weights makes these answers, and it can be edited
+    if ":" in name or code is not None or options or others:  # more than the weights makes these answers, and can be edited
         clip = [model.num_frames, model.size, model.mean.flatten().tolist(), model.std.flatten().tolist()]
-        mark += "-" + hashlib.blake2b(repr([classes, clip, code or ""]).encode(), digest_size=4).hexdigest()
-    return VictimModel(model, classes, name, mark).to(device)
+        seen = [names, clip, code or "", *others]
+        mark += "-" + hashlib.blake2b(repr(seen).encode(), digest_size=4).hexdigest()
+    return VictimModel(model, names, name, mark).to(device)
+
+
+def _fingerprint(
+    name: str, family: str, path: Path | None, about: str | Path | None, model: VideoModel
+) -> tuple[str, list[str]]:
+    """The fingerprint of a victim's weights, and those of all else that makes its answers."""
+    if family in GRAPHS and path is not None:
+        from extraction.victims import exported
+
+        return fingerprint(path), [fingerprint(file) for file in exported.find_files(family, path, about)]
+    if path is not None and not _is_own(name):
+        return fingerprint(path), []
+    kind = type(model.net)
+    code = fingerprint(Path(family)) if _is_own(name) else _read_code(kind) or ""
+    return fingerprint_state(model.state_dict()), [code, repr(model.net)]
 
 
 def load_victim(
@@ -134,11 +211,15 @@ def load_victim(
     device: str | torch.device = "cpu",
     decimals: int | None = None,
     num_queries: int = 0,
+    classes: str | Path | None = None,
+    about: str | Path | None = None,
 ) -> Victim:
     """Open a victim's query interface.
 
-    `name` is one of `VICTIMS` or `family:member` of `FAMILIES`, `answers` the answer type (`logits`, `probs`,
-    `top5`, `label`), `query_budget` the clips it will answer at most, `decimals` rounds what it shows, and `num_queries`
-    counts the queries used before a resume. Raises UserError when the weights are missing or not this victim's.
+    `name` is one of `VICTIMS`, `family:member` of `FAMILIES`, `kind:file` of `GRAPHS` or `my_file.py:function`, `answers` the
+    answer type (`logits`, `probs`, `top5`, `label`), `query_budget` the clips it will answer at most, `decimals` rounds what it
+    shows, and `num_queries` counts the queries used before a resume. `classes` names the classes in the order of its logits:
+    k400, k600 or a text file with one name a line. `about` is the JSON file that says what a TFLite or ONNX file does not.
+    Raises UserError when the weights are missing or not this victim's.
     """
-    return Victim(load_model(name, weights, device), answers, query_budget, decimals, num_queries)
+    return Victim(load_model(name, weights, device, classes, about), answers, query_budget, decimals, num_queries)
