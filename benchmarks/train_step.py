@@ -54,9 +54,10 @@ from extraction.data.queries import ClipDataset, QuerySet
 from extraction.errors import UserError
 from extraction.experiment import run_script
 from extraction.network import VideoModel
+from extraction.network.names import find_network
+from extraction.network.r2plus1d import FlatConv3d
 from extraction.runs import Run
-from extraction.students import STUDENTS, create_student
-from extraction.students.r2plus1d import FlatConv3d
+from extraction.students import create_student
 from extraction.victims import swin
 from extraction.victims.query_interface import Victim
 from extraction.victims.zoo import load_model
@@ -251,7 +252,7 @@ def count_flops(setting: Setting) -> dict[str, int]:
 
     with torch.device("meta"):
         victim = swin.create_swin("swin_demo" if setting.victim == "demo_swin" else setting.victim, 400)
-        student = STUDENTS[setting.student].create(400)
+        student = find_network(setting.student).create(400)
         return dict(victim=count(victim, setting.size, False), student=count(student, setting.student_size, True))
 
 

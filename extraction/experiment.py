@@ -22,7 +22,7 @@ from extraction.evaluation.results import QUERY_BUDGET, print_results, say_how_t
 from extraction.evaluation.scoring import Evaluator
 from extraction.options import Options, ScoredVictimOptions, VictimOptions, check_options, parse_options
 from extraction.runs import Run
-from extraction.students import require_student
+from extraction.students import find_weights, require_student
 from extraction.victims.ledger import Ledger
 from extraction.victims.query_interface import Victim, VictimModel
 from extraction.victims.zoo import load_model
@@ -65,7 +65,7 @@ def _write_demo_data(config: Any) -> None:
 def _require_student(config: Any) -> None:
     """Raise UserError for a student that is none, and for weights that are missing."""
     require_student(config.student)
-    if config.student_weights is not None and not Path(config.student_weights).is_file():
+    if config.student_weights is not None and not find_weights(config.student, config.student_weights).is_file():
         raise UserError(f"student weights {config.student_weights} not found: {_say_whence(config)}")
 
 

@@ -15,7 +15,8 @@ from extraction.attacks.losses import answers_to_targets, cross_entropy, kl_dive
 from extraction.compute import Compute
 from extraction.data.augment import Augmentation, create_views
 from extraction.network import _resize_matrix
-from extraction.students import STUDENTS, create_student
+from extraction.network.names import NETWORKS
+from extraction.students import create_student
 from extraction.victims import swin
 from extraction.victims.trained import create_network
 
@@ -74,7 +75,7 @@ def test_what_is_forbidden_is_seen(gpu):
             on_gpu + torch.rand(2)
 
 
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_student_learns_without_waiting(gpu, name):
     student = fake_weights(COMPUTE.prepare(create_student(name, 12)), gpu).train()
     keys = [bytes([number]) * 16 for number in range(2)]

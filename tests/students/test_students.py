@@ -9,9 +9,10 @@ import torch
 import torchvision
 
 from extraction.errors import UserError
-from extraction.students import create_student, load_student, split_windows
-from extraction.students.c3d import C3D
-from extraction.students.r2plus1d import FlatConv3d, create_r2plus1d_34
+from extraction.network.c3d import C3D
+from extraction.network.r2plus1d import FlatConv3d, create_r2plus1d_34
+from extraction.network.spec import split_windows
+from extraction.students import create_student, load_student
 from extraction.weights import save_weights
 
 

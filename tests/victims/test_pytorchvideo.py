@@ -70,9 +70,9 @@ def test_pytorchvideo_slowfast_gets_both_pathways(random_clips, hub, tmp_path):
 
 
 def test_pytorchvideo_names_and_files_that_do_not_fit_get_one_line(load_error, hub, tmp_path):
-    from extraction.victims.pytorchvideo import MODELS
+    from extraction.network.libraries import HUB_MODELS
 
-    assert all(callable(getattr(hub, name)) for name in MODELS)
+    assert all(callable(getattr(hub, name)) for name in HUB_MODELS)
     path = tmp_path / "X3D_XS.pyth"
     write_hub_model(hub, "x3d_xs", path)
     assert "no Kinetics-400 model 'x3d_xxl'; there are c2d_r50, i3d_r50" in load_error("pytorchvideo:x3d_xxl", path)
