@@ -1,6 +1,7 @@
-"""Train a victim from nothing on any folder of class folders of videos, so that there is something real to extract.
+"""Train a victim on any folder of class folders of videos, from nothing or from published weights below a fresh head.
 
     python train_victim.py --data datasets/my_videos --out-dir runs/my_victim
+    python train_victim.py --data datasets/my_videos --architecture efficientnet_lite0+temporal --weights imagenet
     python grey_box/swin_to_r21_kd.py --victim trained --victim-weights runs/my_victim/victim.safetensors ...
 
 The demo's victims, `extraction/victims/demo_*.safetensors`, were made by `python train_victim.py --demo` and
@@ -9,7 +10,6 @@ The demo's victims, `extraction/victims/demo_*.safetensors`, were made by `pytho
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -22,12 +22,13 @@ from extraction.data.clips import Clips, ClipShape
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, list_classes, require_folder
 from extraction.data.queries import QuerySet
+from extraction.errors import UserError
 from extraction.evaluation.plots import draw_curve
 from extraction.evaluation.results import percent
 from extraction.evaluation.scoring import Evaluator
 from extraction.experiment import run_script
 from extraction.runs import Run
-from extraction.victims.trained import create_network, learned_weights
+from extraction.victims.trained import create_network, find_head, learned_weights, load_body, parameter_groups
 from extraction.weights import save_weights
 
 
@@ -41,8 +42,10 @@ class Config:
     """Held-out labelled videos; by default those of --data."""
     val_list: str | None = None
     """Use only the held-out videos that this list names."""
-    architecture: Literal["swin_demo", "swin_t", "swin_s", "swin_b", "movinet_demo"] = "swin_demo"
-    """The victim's network."""
+    architecture: str = "swin_demo"
+    """The victim's network: swin_demo, swin_t, swin_s, swin_b, movinet_demo, movinet_a0, ..., or any student's name."""
+    weights: str | None = None
+    """Weights to start from, all but the head: a published file, an earlier victim's, or imagenet for efficientnet_lite0."""
     num_frames: options.Count = 16
     """Frames of a clip."""
     stride: options.Count = 1
@@ -57,6 +60,8 @@ class Config:
     """Clips in a batch."""
     lr: options.Rate = 2e-3
     """Peak of a one-cycle schedule (AdamW)."""
+    body_lr: options.Rate | None = None
+    """The peak below the head; by default that of --lr."""
     weight_decay: options.Rate = 0.05
     """Weight decay."""
     hflip: options.Fraction = 0.0
@@ -88,6 +93,9 @@ def main(config: Config) -> dict:
     options.check_options(config)
     if config.demo:
         write_demo_set("datasets/demo", {"train": 2500, "val": 20})
+    if config.weights not in (None, "imagenet") and not Path(config.weights).exists():
+        raise UserError(f"weights {config.weights} not found: --weights names a file to start from")
+    find_head(config.architecture)  # refuses an unknown one
     device = choose_device(config.device)
     root = require_folder(config.data, "a folder of class folders of videos")
     val_root = require_folder(config.val or root, "held-out labelled videos, in class folders,")
@@ -102,15 +110,19 @@ def main(config: Config) -> dict:
 def train(config: Config, run: Run, root: Path, val_root: Path, device: torch.device) -> dict:
     torch.manual_seed(config.seed)
     classes = list_classes(root, "train")
-    model = create_network(config.architecture, len(classes), config.num_frames, config.size).to(device)
+    model = create_network(config.architecture, len(classes), config.num_frames, config.size)
+    if config.weights is not None:
+        load_body(model, config.architecture, config.weights)
+    model.to(device)
     shape = ClipShape(num_frames=config.num_frames, stride=config.stride, size=config.size)
     clips = Clips(find_videos(root, classes, "train", config.data_list), clip_interval=config.clip_interval, **shape)
     queries = QuerySet(clips, Augmentation(config.hflip, config.brightness, config.rotation), seed=config.seed)
     val = Clips(find_videos(val_root, classes, "val", config.val_list), views=(1, 1), **shape)
     evaluator = Evaluator(val, classes, device, config.batch_size, config.num_workers, allow_overlap=config.allow_overlap)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
+    peaks = config.lr, config.lr if config.body_lr is None else config.body_lr
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.architecture, *peaks), weight_decay=config.weight_decay)
     steps = config.epochs * -(-len(clips) // config.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=steps + 1, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, list(peaks), total_steps=steps + 1, pct_start=0.1)
     training = Training(
         run, model, optimizer, schedule, evaluator, None, queries, config.epochs, config.batch_size, config.num_workers,
         max_grad_norm=1.0,
