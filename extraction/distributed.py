@@ -6,11 +6,15 @@ ledger, writes files and prints. So losses, query counts and checkpoints are tho
 may go on with another number of them. Accelerate finds the processes and their devices. One process needs nothing of this.
 """
 
+import contextlib
+import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partialmethod
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -51,9 +55,13 @@ def end() -> None:
         dist.destroy_process_group()
 
 
-def exit_process(status: int) -> NoReturn:
+def exit_process(status: int, line: str = "") -> NoReturn:
     """End this process before the work is done. One of several ends at once: in good order it might wait for one that is
-    gone, or be aborted by the threads that talk to it."""
+    gone, or be aborted by the threads that talk to it. `line` is what torchrun, in the last lines of its own, gives as why."""
+    if line and (reply := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        why = dict(message=line, extraInfo=dict(py_callstack=line, timestamp=str(int(time.time()))))
+        with contextlib.suppress(OSError):
+            Path(reply).write_text(json.dumps(dict(message=why)))
     if num_processes() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -124,7 +132,7 @@ def all_reduce_sum(own: Tensor) -> Tensor:
 
 
 class Ended(SystemExit):
-    """The first process says why the run ends; the others just end."""
+    """The first process says why the run ends; the others, who know it from this, just end."""
 
 
 def on_main_process(function: Callable[[], Any]) -> Any:
@@ -133,17 +141,17 @@ def on_main_process(function: Callable[[], Any]) -> Any:
         return function()
     from accelerate.utils import broadcast_object_list
 
-    outcome, error = [None, False], None
+    outcome, error = [None, ""], None
     if is_main_process():
         try:
             outcome[0] = function()
         except UserError as stop:
-            error, outcome[1] = stop, True
+            error, outcome[1] = stop, str(stop)
     broadcast_object_list(outcome)
     if error is not None:
         raise error
     if outcome[1]:
-        raise Ended(1)
+        raise Ended(outcome[1])
     return outcome[0]
 
 

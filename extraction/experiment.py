@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -17,7 +17,7 @@ from extraction.data.clips import Clips
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data.folders import find_aux_folders, find_videos, require_folder
 from extraction.data.images import write_demo_images
-from extraction.errors import UserError
+from extraction.errors import UserError, command_line, printable
 from extraction.evaluation.results import QUERY_BUDGET, print_results, say_how_to_go_on
 from extraction.evaluation.scoring import Evaluator
 from extraction.options import Options, ScoredVictimOptions, VictimOptions, check_options, parse_options
@@ -148,32 +148,46 @@ def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None
     """The command line of a script: `config_class` turned into flags, its defaults those of `demo` under --demo.
 
     Exit statuses: 0 for a run that came to its end, its query budget's too; 1 for UserError, which becomes its one line; 130
-    after Ctrl-C; 3 when another process of the run was lost. (2 is a wrong flag.)
+    after Ctrl-C; 3 when another process of the run was lost; 141 when nobody reads its output. (2 is a wrong flag.)
     """
-    default = config_class(**demo) if demo and "--demo" in sys.argv[1:] else config_class()
-    doc = (sys.modules[main.__module__].__doc__ or "").strip()
-    try:
-        config = parse_options(config_class, default, doc)
-        if "OMP_NUM_THREADS" not in os.environ:  # threads beside the loader's workers, not against them: that halves the rate
-            threads = torch.get_num_threads()
-            torch.set_num_threads(max(1, threads - min(getattr(config, "num_workers", 0), threads // 2)))
-        distributed.start(getattr(config, "device", "auto"))
-        main(config)
-        distributed.end()
-    except UserError as error:
-        if distributed.should_print(str(error)):
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        distributed.exit_process(1)
-    except distributed.Ended:
-        distributed.exit_process(1)
-    except RuntimeError as error:
-        lost = distributed.describe_lost_process(error)
-        if lost is None:
-            raise
-        if distributed.should_print("lost"):
-            print(f"{Path(sys.argv[0]).name}: {lost}", file=sys.stderr)
-        distributed.exit_process(3)
-    except KeyboardInterrupt as error:
-        if distributed.should_print(str(error)):
-            print(str(error) or "interrupted", file=sys.stderr)
-        distributed.exit_process(130)
+    with command_line(distributed.exit_process):
+        default = config_class(**demo) if demo and "--demo" in sys.argv[1:] else config_class()
+        doc = (sys.modules[main.__module__].__doc__ or "").strip()
+        try:
+            _refuse_other_checkout(Path(sys.modules[main.__module__].__file__ or ""))
+            config = parse_options(config_class, default, doc)
+            if "OMP_NUM_THREADS" not in os.environ:  # threads beside the loader's workers, not against them: that halves the rate
+                threads = torch.get_num_threads()
+                torch.set_num_threads(max(1, threads - min(getattr(config, "num_workers", 0), threads // 2)))
+            distributed.start(getattr(config, "device", "auto"))
+            main(config)
+            distributed.end()
+        except UserError as error:
+            _end(1, f"{Path(sys.argv[0]).name}: {error}")
+        except distributed.Ended as ended:
+            distributed.exit_process(1, f"{Path(sys.argv[0]).name}: {ended}")
+        except RuntimeError as error:
+            lost = distributed.describe_lost_process(error)
+            if lost is None:
+                raise
+            _end(3, f"{Path(sys.argv[0]).name}: {lost}")
+        except KeyboardInterrupt as error:
+            _end(130, str(error) or "interrupted")
+
+
+def _end(status: int, line: str) -> NoReturn:
+    """Say in one line why the script ends, once for all its processes, and end this one."""
+    if distributed.should_print("lost" if status == 3 else line):
+        print(printable(line), file=sys.stderr)
+    distributed.exit_process(status, line)
+
+
+def _refuse_other_checkout(script: Path) -> None:
+    """Raise UserError for a script of another checkout than this package, which an editable install puts before the script's."""
+    roots = [folder for folder in script.resolve().parents[:2] if (folder / "extraction" / "__init__.py").is_file()]
+    if roots and roots[0] != PROJECT.resolve():
+        raise UserError(
+            f"{script} is of another checkout than the package that Python finds, {PROJECT / 'extraction'}: "
+            f"pip install -e {roots[0]}, or set PYTHONPATH={roots[0]}"
+        )
+

@@ -174,7 +174,8 @@ class Run:
         def ask(signum, _frame):
             self.stop_asked = True
             signal.signal(signum, signal.default_int_handler)
-            print("\nstopping after this step (once more: at once)", file=sys.stderr)
+            if distributed.is_main_process():
+                print("\nstopping after this step (once more: at once)", file=sys.stderr)
 
         try:
             before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -48,30 +48,53 @@ def predict_videos(
     batch_size: int = 16,
     num_workers: int = 0,
     desc: str = "scoring",
+    kept: Tensor | None = None,
+    keep: Callable[[Sequence[int], Tensor], None] = lambda places, probs: None,
 ) -> Predictions:
-    """Run `model` (float (B, 3, T, H, W) in [0, 1] -> logits) over `clips` and average each video's probabilities."""
+    """Run `model` (float (B, 3, T, H, W) in [0, 1] -> logits) over `clips` and average each video's probabilities.
+
+    For one clip a video, what is interrupted goes on: `keep(videos, probs)` is called after each batch, and a batch whose videos
+    all have a row in `kept` (V, num_classes), zeros for the others, is not run again. Batches stay what they are, so that no
+    bit depends on where it was interrupted.
+    """
     total, counts = None, torch.zeros(clips.num_videos, device=device)
     broken = dict(clips.broken)
     batches = [range(i, min(i + batch_size, len(clips))) for i in range(0, len(clips), batch_size)]
+    done: list[int] = []
+    if kept is not None:
+        of_batches = [[clips.refs[i].video for i in batch] for batch in batches]
+        whole = [bool((kept[videos].sum(1) > 0).all()) for videos in of_batches]
+        done = [video for videos, there in zip(of_batches, whole, strict=True) if there for video in videos]
+        batches = [batch for batch, there in zip(batches, whole, strict=True) if not there]
     batches = distributed.shard(batches)
+    rounds = max(distributed.gather([len(batches)]))
     loader = load_batches(clips, batches, num_workers, pin_memory=torch.device(device).type == "cuda")
     for batch in tqdm(loader, total=len(batches), desc=desc, unit="batch", leave=False, dynamic_ncols=True):
         broken |= {clips.refs[i].path: reason for i, reason in batch.broken}
         if not batch.indices:
+            keep([], torch.empty(0))
             continue
         views = batch.clips.to(device, non_blocking=True).permute(0, 4, 1, 2, 3).float().div_(255.0)
         probs = model(views).softmax(1)
-        videos = torch.tensor([clips.refs[i].video for i in batch.indices]).to(device, non_blocking=True)
+        places = [clips.refs[i].video for i in batch.indices]
+        videos = torch.tensor(places).to(device, non_blocking=True)
         if total is None:
             total = torch.zeros(clips.num_videos, probs.shape[1], device=device)
         total.index_add_(0, videos, probs)
         counts.index_add_(0, videos, torch.ones(len(videos), device=device))
+        keep(places, probs)
+    for _ in range(rounds - len(batches)):
+        keep([], torch.empty(0))
     num_classes = max(distributed.gather([0 if total is None else total.shape[1]]))
+    if kept is not None and done:
+        num_classes = kept.shape[1]  # even where nothing new could be decoded
     if num_classes == 0:
         raise UserError("none of the held-out videos can be decoded")
     if total is None:
         total = torch.zeros(clips.num_videos, num_classes, device=device)
     total, counts = distributed.all_reduce_sum(total).cpu(), distributed.all_reduce_sum(counts).cpu()
+    if kept is not None and done:
+        total[done], counts[done] = kept[done], 1.0
     labels = torch.full((clips.num_videos,), -1)
     for ref in clips.refs:
         labels[ref.video] = ref.label
@@ -159,9 +182,9 @@ class Evaluator:
             for ref in clips.refs:
                 labels[ref.video] = ref.label
 
-            def compute() -> Tensor:
+            def compute(kept: Tensor, keep: Callable[[Sequence[int], Tensor], None]) -> Tensor:
                 assert open_model is not None
-                return self._predict(open_model(), desc="scoring the victim").probs
+                return self._predict(open_model(), desc="scoring the victim", kept=kept, keep=keep).probs
 
             self.victim_probs = ledger.evaluator_answers(video_keys(clips), compute)
             self.victim_scores = score(self.victim_probs, labels)

@@ -26,7 +26,7 @@ import tyro
 from torch import Tensor
 
 from extraction import distributed
-from extraction.errors import BudgetExhausted, UserError, run_tool
+from extraction.errors import BudgetExhausted, UserError, printable, run_tool
 from extraction.weights import write_atomically
 
 _SCHEMA = """
@@ -90,7 +90,7 @@ class Ledger:
         self.path, self.answers, self.decimals = Path(path), answers, decimals
         self._layout = "logits" if exact and answers != "label" else answers  # probabilities packed as logits are
         self._database: Any = None  # of several processes the main one has it
-        self._sources: list[sqlite3.Connection] = []
+        self._sources: list[tuple[Path, sqlite3.Connection]] = []
         self._reserved: set[bytes] = set()
         kept = distributed.on_main_process(self._open)
         self.num_unanswered = int(kept.pop("num_unanswered", 0))  # counted before a crash that lost their answers
@@ -121,8 +121,15 @@ class Ledger:
 
     def _open(self) -> dict[str, str]:
         self._database = _connect(self.path)
-        unanswered = self._database.execute("SELECT count(*) FROM asked").fetchone()[0]
-        about = dict(self._database.execute("SELECT name, value FROM about"))
+        try:
+            unanswered = self._database.execute("SELECT count(*) FROM asked").fetchone()[0]
+            some = self._database.execute("SELECT key, answer FROM answers LIMIT 1").fetchall()
+            about = dict(self._database.execute("SELECT name, value FROM about"))
+            if about or some:  # a new ledger says nothing of itself yet
+                _check_about(self.path, about)
+        except (sqlite3.Error, UserError) as error:
+            self.close()
+            raise error if isinstance(error, UserError) else UserError(f"{self.path}: not a ledger ({error})") from None
         return about | ({"num_unanswered": str(unanswered)} if about else {})
 
     def _open_sources(self, paths: Sequence[str | Path]) -> None:
@@ -137,7 +144,7 @@ class Ledger:
                 raise UserError(
                     f"--answers-from {path}: its answers are packed as {_layout(about)}, this run's as {self._layout}"
                 )
-            self._sources.append(database)
+            self._sources.append((Path(path), database))
 
     def _begin(self, about: dict[str, str]) -> dict[str, str]:
         """Write whose answers these will be, unless there are queries or answers already. Returns what the ledger says then.
@@ -196,12 +203,20 @@ class Ledger:
 
     def _find(self, keys: Sequence[bytes], table: str = "answers") -> dict[bytes, bytes]:
         found: dict[bytes, bytes] = {}
-        for database in (self._database, *(self._sources if table == "answers" else ())):
+        width = _width("probs" if table == "evaluator" else self._layout, self.num_classes)
+        for path, database in ((self.path, self._database), *(self._sources if table == "answers" else ())):
             missing = [key for key in keys if key not in found]
             for i in range(0, len(missing), 500):
                 part = missing[i : i + 500]
                 marks = ",".join("?" * len(part))
-                found.update(database.execute(f"SELECT key, answer FROM {table} WHERE key IN ({marks})", part))
+                try:
+                    rows = dict(database.execute(f"SELECT key, answer FROM {table} WHERE key IN ({marks})", part))
+                except sqlite3.Error as error:
+                    raise UserError(f"{path}: not readable ({error}); {_DAMAGED}") from None
+                odd = sum(not isinstance(answer, bytes) or len(answer) != width for answer in rows.values())
+                if odd:
+                    raise UserError(f"{path}: {odd} rows of its table {table} are not {width} bytes; {_DAMAGED}")
+                found.update(rows)
         return found
 
     def reserve(self, keys: Sequence[bytes]) -> int:
@@ -338,15 +353,33 @@ class Ledger:
             with self._writing():
                 self._database.execute("DELETE FROM answers WHERE key < ?", (before,))
 
-    def evaluator_answers(self, keys: Sequence[bytes], compute: Callable[[], Tensor]) -> Tensor:
-        """The evaluator's own (B, num_classes) probabilities for held-out clips: unmetered, kept apart, never trained on."""
+    def evaluator_answers(
+        self, keys: Sequence[bytes], compute: Callable[[Tensor, Callable[[Sequence[int], Tensor], None]], Tensor]
+    ) -> Tensor:
+        """The evaluator's own (B, num_classes) probabilities for held-out clips: unmetered, kept apart, never trained on.
+
+        When some are missing, `compute(kept, keep)` gives them all. `kept` has those that there are, in rows of zeros the
+        others; `keep(places, probs)`, which all processes call alike, keeps those of some `keys` at once.
+        """
         known = self.find(keys, "evaluator")
         if len(known) < len(set(keys)):
-            known = dict(zip(keys, encode_answers(compute(), "probs"), strict=True))
-            if self._database is not None:
-                with self._writing():
-                    self._database.executemany("INSERT OR REPLACE INTO evaluator VALUES (?, ?)", known.items())
+            kept = torch.zeros(len(keys), self.num_classes)
+            there = [place for place, key in enumerate(keys) if key in known]
+            if there:
+                kept[there] = decode_answers([known[keys[place]] for place in there], "probs")
+
+            def keep(places: Sequence[int], probs: Tensor) -> None:
+                pairs = zip([keys[place] for place in places], encode_answers(probs, "probs"), strict=True)
+                rows = distributed.gather(list(pairs))
+                distributed.on_main_process(lambda: self._keep_of_evaluator(rows))
+
+            known = dict(zip(keys, encode_answers(compute(kept, keep), "probs"), strict=True))
+            distributed.on_main_process(lambda: self._keep_of_evaluator(list(known.items())))
         return decode_answers([known[key] for key in keys], "probs")
+
+    def _keep_of_evaluator(self, rows: list[tuple[bytes, bytes]]) -> None:
+        with self._writing():
+            self._database.executemany("INSERT OR REPLACE INTO evaluator VALUES (?, ?)", rows)
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
         """All (key, encoded answer), in the order they came."""
@@ -357,8 +390,29 @@ class Ledger:
             self._database.close()
 
 
+_DAMAGED = "put a whole copy back, or choose another --out-dir"
+
+
 def _layout(about: dict[str, str]) -> str:
     return about.get("layout", about["answers"])
+
+
+def _width(layout: str, num_classes: int) -> int:
+    """Bytes of an encoded answer."""
+    return {"label": 4, "logits": 4 * num_classes}.get(layout, 2 * num_classes)
+
+
+def _check_about(path: str | Path, about: dict[str, str]) -> None:
+    """Raise UserError when a ledger does not say what it must of itself."""
+    missing = {"victim", "fingerprint", "answers", "decimals", "classes", "num_queries"} - set(about)
+    if missing:
+        raise UserError(f"{path}: not a ledger (it does not say its {min(missing)})")
+    try:
+        whole = int(about["num_queries"]) >= 0 and all(isinstance(name, str) for name in json.loads(about["classes"]))
+    except (TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: damaged: its count of queries or its classes cannot be read; {_DAMAGED}")
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -389,47 +443,64 @@ def open_existing(path: str | Path) -> tuple[sqlite3.Connection, dict[str, str]]
     try:
         database = sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", timeout=60, uri=True, check_same_thread=False)
         about = dict(database.execute("SELECT name, value FROM about"))
+        some = database.execute("SELECT key, answer FROM answers LIMIT 1").fetchall()
     except sqlite3.Error as error:
         raise UserError(f"{path}: not a ledger ({error})") from None
-    if not about:
+    if not about and not some:
         raise UserError(f"{path}: an empty ledger, no victim was ever asked")
-    missing = {"victim", "fingerprint", "answers", "decimals", "classes", "num_queries"} - set(about)
-    if missing:
-        raise UserError(f"{path}: not a ledger (it does not say its {min(missing)})")
+    _check_about(path, about)
+    return database, about
+
+
+def _describe_odd_rows(path: str | Path, database: sqlite3.Connection, about: dict[str, str]) -> str:
+    """How many rows are no answers of the ledger's type; "" for none."""
+    width = _width(_layout(about), len(json.loads(about["classes"])))
+    wrong = "typeof(answer) != 'blob' OR length(answer) != ? OR typeof(key) != 'blob'"
+    try:
+        odd = database.execute(f"SELECT count(*) FROM answers WHERE {wrong}", (width,)).fetchone()[0]
+    except sqlite3.Error as error:
+        raise UserError(f"{path}: not readable ({error}); {_DAMAGED}") from None
+    return f"{odd} answers are not {width} bytes under a key of bytes" if odd else ""
+
+
+def _open_whole(path: str | Path) -> tuple[sqlite3.Connection, dict[str, str]]:
+    """`open_existing`, and UserError too when a row is no answer of the ledger's type."""
+    database, about = open_existing(path)
+    if odd := _describe_odd_rows(path, database, about):
+        raise UserError(f"{path}: {odd}; {_DAMAGED}")
     return database, about
 
 
 def count(ledger: _LEDGER, /) -> int:
     """Say which victim a ledger's answers are from, and how many there are."""
-    database, about = open_existing(ledger)
+    database, about = _open_whole(ledger)
     rows = database.execute("SELECT count(*) FROM answers").fetchone()[0]
-    victim = f"{about['victim']} ({about['fingerprint']})"
+    victim = printable(f"{about['victim']} ({about['fingerprint']})")
     print(f"{rows} answers ({about['answers']}) of {victim}, {about['num_queries']} queries used")
     return rows
 
 
 def show(ledger: _LEDGER, /, limit: Annotated[int, tyro.conf.arg(help="How many.")] = 20) -> None:
     """List the first answers, in the order they came: key and the victim's top class."""
-    database, about = open_existing(ledger)
+    database, about = _open_whole(ledger)
     classes = json.loads(about["classes"])
     for key, packed in database.execute("SELECT key, answer FROM answers ORDER BY id LIMIT ?", (limit,)):
         answer = decode_answers([packed], _layout(about))[0]
         top = int(answer if about["answers"] == "label" else answer.argmax())
         share = "" if about["answers"] in ("label", "logits") else f" {100 * float(answer[top]):.1f} %"
-        print(f"{key.hex()}  {classes[top]}{share}")
+        print(f"{key.hex()}  {printable(classes[top])}{share}")
 
 
 def verify(ledger: _LEDGER, /) -> None:
     """Check a ledger: the file's integrity, every answer's length, and that no answer is uncounted."""
     database, about = open_existing(ledger)
-    problems = [line for (line,) in database.execute("PRAGMA integrity_check") if line != "ok"]
-    num_classes = len(json.loads(about["classes"]))
-    width = {"label": 4, "logits": 4 * num_classes}.get(_layout(about), 2 * num_classes)
-    wrong = "typeof(answer) != 'blob' OR length(answer) != ? OR typeof(key) != 'blob'"
-    odd = database.execute(f"SELECT count(*) FROM answers WHERE {wrong}", (width,)).fetchone()[0]
-    rows = database.execute("SELECT count(*) FROM answers").fetchone()[0]
-    if odd:
-        problems.append(f"{odd} answers are not {width} bytes")
+    try:
+        problems = [line for (line,) in database.execute("PRAGMA integrity_check(3)") if line != "ok"]
+        rows = database.execute("SELECT count(*) FROM answers").fetchone()[0]
+    except sqlite3.Error as error:
+        raise UserError(f"{ledger}: not readable ({error})") from None
+    if odd := _describe_odd_rows(ledger, database, about):
+        problems.append(odd)
     if rows > int(about["num_queries"]):
         problems.append(f"{rows} answers but only {about['num_queries']} queries counted")
     if problems:
@@ -439,7 +510,7 @@ def verify(ledger: _LEDGER, /) -> None:
 
 def export(ledger: _LEDGER, out: _OUT, /) -> None:
     """Write the answers to OUT: .npz (keys, answers), or .parquet (needs pyarrow)."""
-    database, about = open_existing(ledger)
+    database, about = _open_whole(ledger)
     found = database.execute("SELECT key, answer FROM answers ORDER BY id").fetchall()
     if not found:
         raise UserError(f"{ledger}: no answers in it to export")
@@ -468,7 +539,7 @@ def export(ledger: _LEDGER, out: _OUT, /) -> None:
 
 def merge(into: _INTO, other: _OTHER, /) -> int:
     """Add the answers of OTHER to the ledger INTO. Both must be of one victim and answer type; the counts add up."""
-    (database, about), (_, theirs) = open_existing(into), open_existing(other)
+    (database, about), (_, theirs) = _open_whole(into), _open_whole(other)
     if Path(into).samefile(other):
         raise UserError(f"{into} and {other} are one file; its answers are counted once")
     for name in ("victim", "fingerprint", "answers", "decimals", "classes"):
@@ -510,17 +581,20 @@ def _read_shares(database: sqlite3.Connection, name: str) -> dict[str, int]:
 
 def copy(ledger: _LEDGER, out: Annotated[str, tyro.conf.arg(metavar="OUT", help="The copy, a new file.")], /) -> None:
     """Copy a ledger whole, also one that a run is writing to. (A plain copy of the file may lack its latest answers.)"""
-    database, _ = open_existing(ledger)
+    database, _ = _open_whole(ledger)
     if Path(out).exists():
         raise UserError(f"{out} is there already; choose another name")
-    with contextlib.closing(sqlite3.connect(out, isolation_level=None)) as target:
-        database.backup(target)
-        target.executescript(_SCHEMA)  # an old one gets the newer tables
-        target.execute("BEGIN")
-        with target:  # a ledger of its own from here on, whose queries so far are the other's
-            shares = _read_shares(target, "main")
-            target.executemany("INSERT OR REPLACE INTO merged VALUES (?, ?)", shares.items())
-            target.execute("INSERT OR REPLACE INTO about VALUES ('id', ?)", (uuid.uuid4().hex,))
+    try:
+        with contextlib.closing(sqlite3.connect(out, isolation_level=None)) as target:
+            database.backup(target)
+            target.executescript(_SCHEMA)  # an old one gets the newer tables
+            target.execute("BEGIN")
+            with target:  # a ledger of its own from here on, whose queries so far are the other's
+                shares = _read_shares(target, "main")
+                target.executemany("INSERT OR REPLACE INTO merged VALUES (?, ?)", shares.items())
+                target.execute("INSERT OR REPLACE INTO about VALUES ('id', ?)", (uuid.uuid4().hex,))
+    except sqlite3.Error as error:
+        raise UserError(f"cannot copy {ledger} to {out}: {error}") from None
     print(f"{ledger} copied to {out}")
 
 

@@ -2,9 +2,13 @@
 
 import multiprocessing
 import os
+import re
+import shutil
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +20,11 @@ from extraction.victims.ledger import Ledger, decode_answers, encode_answers
 from extraction.victims.zoo import load_victim
 
 
-def open_ledger(path, answers="probs", budget=None, decimals=None) -> Ledger:
+def open_ledger(path, answers="probs", budget=None, decimals=None, answers_from=()) -> Ledger:
     def opener(num_queries):
         return load_victim("demo_swin", None, answers, budget, decimals=decimals, num_queries=num_queries)
 
-    return Ledger(path, opener, answers, decimals)
+    return Ledger(path, opener, answers, decimals, answers_from=answers_from)
 
 
 def without_weights(path, answers="probs") -> Ledger:
@@ -97,14 +101,14 @@ def test_without_a_query_a_ledger_is_tied_to_no_victim(tmp_path, clips):
     path = tmp_path / "l.sqlite"
     probs = torch.full((1, 12), 1 / 12)
     first = open_ledger(path, "label", decimals=None)
-    first.evaluator_answers([b"clip"], lambda: probs)
+    first.evaluator_answers([b"clip"], lambda *_: probs)
     first.close()
     same = open_ledger(path, "probs", decimals=2)  # the same victim through another query interface
-    torch.testing.assert_close(same.evaluator_answers([b"clip"], lambda: pytest.fail("it was kept")), probs, rtol=1e-3, atol=0)
+    torch.testing.assert_close(same.evaluator_answers([b"clip"], lambda *_: pytest.fail("it was kept")), probs, rtol=1e-3, atol=0)
     same.close()
     other = Ledger(path, lambda num_queries: load_victim("demo_movinet", num_queries=num_queries), "probs")
     other_probs = torch.eye(12)[:1]
-    assert torch.equal(other.evaluator_answers([b"clip"], lambda: other_probs), other_probs)
+    assert torch.equal(other.evaluator_answers([b"clip"], lambda *_: other_probs), other_probs)
     assert (other.victim, other.num_queries, len(other)) == ("demo_movinet", 0, 0)
     other.query(clips, KEYS)
     other.close()
@@ -127,17 +131,77 @@ def test_answers_that_were_forgotten_tie_it_too(tmp_path, clips):
 def test_a_run_without_queries_goes_on_without_the_victim(tmp_path):
     probs = torch.full((1, 12), 1 / 12)
     ledger = open_ledger(tmp_path / "l.sqlite")
-    ledger.evaluator_answers([b"clip"], lambda: probs)
+    ledger.evaluator_answers([b"clip"], lambda *_: probs)
     ledger.close()
     again = without_weights(tmp_path / "l.sqlite")
     assert (again.victim, again.num_classes) == ("demo_swin", 12)
-    again.evaluator_answers([b"clip"], lambda: pytest.fail("it was kept"))
+    again.evaluator_answers([b"clip"], lambda *_: pytest.fail("it was kept"))
 
 
 def test_a_file_that_is_no_ledger_gets_one_line(tmp_path):
     (tmp_path / "l.sqlite").write_bytes(b"something else" * 1000)
     with pytest.raises(UserError, match=r"cannot open .*l.sqlite: file is not a database"):
         open_ledger(tmp_path / "l.sqlite")
+
+
+@pytest.fixture(scope="module")
+def five_answers(tmp_path_factory, random_clips) -> Path:
+    path = tmp_path_factory.mktemp("ledgers") / "whole.sqlite"
+    ledger = open_ledger(path)
+    ledger.query(random_clips(5, 3, 16, 48, 48), KEYS)
+    ledger.evaluator_answers([b"clip"], lambda *_: torch.full((1, 12), 1 / 12))
+    ledger.close()
+    return path
+
+
+FOREIGN = "DROP TABLE answers; CREATE TABLE answers (question TEXT, answer TEXT); INSERT INTO answers VALUES ('why', 'because')"
+DAMAGES = {
+    "a shorter row": ("UPDATE answers SET answer = substr(answer, 2) WHERE id = 2", "1 (rows|answers).* not 24 bytes"),
+    "another type's rows": ("UPDATE answers SET answer = zeroblob(4)", "5 (rows|answers).* not 24 bytes"),
+    "text": ("UPDATE answers SET answer = '123456789012345678901234'", "5 (rows|answers).* not 24 bytes"),
+    "no count": ("DELETE FROM about WHERE name = 'num_queries'", "does not say its num_queries"),
+    "a count in words": ("UPDATE about SET value = 'many' WHERE name = 'num_queries'", "its count of queries or its classes"),
+    "no names": ("UPDATE about SET value = '{' WHERE name = 'classes'", "its count of queries or its classes"),
+    "numbers for names": ("UPDATE about SET value = '[1, 2]' WHERE name = 'classes'", "its count of queries or its classes"),
+    "rows of nobody": ("DELETE FROM about", "does not say its answers"),
+    "foreign answers": (FOREIGN, "not a ledger .no such column: key"),
+    "a foreign about": ("DROP TABLE about; CREATE TABLE about (title TEXT)", "not a ledger .no such column: name"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_ledger_gets_one_line_in_a_run_and_in_the_tool(damage, five_answers, tmp_path, clips, error_line):
+    script, line = DAMAGES[damage]
+    path, whole = tmp_path / "l.sqlite", tmp_path / "whole.sqlite"
+    shutil.copy(five_answers, path)
+    shutil.copy(five_answers, whole)
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript(script)
+    tools = [
+        (ledger_module.count, path), (ledger_module.show, path), (ledger_module.verify, path),
+        (ledger_module.export, path, str(tmp_path / "out.npz")), (ledger_module.copy, path, str(tmp_path / "copy.sqlite")),
+        (ledger_module.merge, whole, path), (ledger_module.merge, path, whole),
+    ]  # fmt: skip
+    for tool, *given in tools:
+        message = error_line(tool, *map(str, given))
+        assert re.search(line, message), (tool.__name__, message)
+        assert str(path) in message
+    assert ledger_module.count(str(whole)) == 5
+    assert not list(tmp_path.glob("copy.sqlite*"))
+    message = error_line(lambda: open_ledger(path).query(clips, KEYS))
+    assert re.search(line, message), message
+    if "not 24 bytes" in line:  # in other runs' ledgers too, whose rows are read as they are wanted
+        message = error_line(lambda: open_ledger(tmp_path / "new.sqlite", answers_from=[path]).query(clips, KEYS))
+        assert message.startswith(f"{path}: ")
+
+
+def test_the_evaluators_rows_are_looked_at_too(five_answers, tmp_path, error_line):
+    path = tmp_path / "l.sqlite"
+    shutil.copy(five_answers, path)
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript("UPDATE evaluator SET answer = zeroblob(26)")
+    message = error_line(open_ledger(path).evaluator_answers, [b"clip"], lambda *_: pytest.fail("it was kept"))
+    assert "1 rows of its table evaluator are not 24 bytes; put a whole copy back" in message
 
 
 def test_an_answer_and_its_count_are_one_transaction(tmp_path, clips):
@@ -188,7 +252,7 @@ def test_the_tool_counts_verifies_exports_and_merges(tmp_path, clips, capsys):
     with database:
         database.execute("UPDATE answers SET answer = substr(answer, 2) WHERE id = 1")
         database.execute("UPDATE about SET value = '4' WHERE name = 'num_queries'")
-    with pytest.raises(UserError, match=r"1 answers are not 24 bytes; 5 answers but only 4 queries counted"):
+    with pytest.raises(UserError, match=r"1 answers are not 24 bytes under a key of bytes; 5 answers but only 4 queries counted"):
         ledger_module.verify(str(first))
     open_ledger(tmp_path / "labels.sqlite", "label").query(clips, KEYS)
     with pytest.raises(UserError, match="differ in answers: probs and label"):
