@@ -18,9 +18,9 @@ from extraction.compute import choose_compute
 from extraction.data.clips import Clips, ClipShape, report_broken
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, read_classes, require_folder
-from extraction.errors import UserError
+from extraction.errors import UserError, printable
 from extraction.evaluation.results import percent
-from extraction.evaluation.scoring import parse_views, predict_videos, score, write_class_table
+from extraction.evaluation.scoring import name_clips, parse_views, predict_videos, score, write_class_table
 from extraction.evaluation.suite import write_unseen_set
 from extraction.experiment import run_script
 from extraction.students import load_student
@@ -48,7 +48,7 @@ class Config(options.ComputeOptions):
     size: options.Count | None = None
     """Height and width of a clip; by default what the weights were trained on, else 224."""
     csv: str | None = None
-    """Where the per-class table goes; by default beside the weights."""
+    """Where the per-class table goes; by default beside the weights, named after what was scored."""
     demo: bool = False
     """Score on the built-in demo set's held-out videos."""
     unseen: bool = False
@@ -94,11 +94,10 @@ def main(config: Config) -> dict:
     clips = Clips(find_videos(root, classes, "val", config.data_list), views=views, **shape)
     predictions = predict_videos(compute.prepare(student), clips, compute.device, config.batch_size, config.num_workers)
     results = score(predictions.probs, predictions.labels)
-    suffix = ".unseen.classes.csv" if config.unseen else ".classes.csv"
-    table = Path(config.csv) if config.csv else Path(config.weights).with_suffix(suffix)
+    table = Path(config.csv or Path(config.weights).with_suffix(f".{name_clips(root, clips)}.classes.csv"))
     write_class_table(table, predictions.probs, predictions.labels, classes)
     print(f"top-1 {percent(results['top1'])} %, top-5 {percent(results['top5'])} %")
-    print(f"{clips.num_videos} videos of {config.data}, {config.views} views each; per class: {table}")
+    print(printable(f"{clips.num_videos} videos of {config.data}, {config.views} views each; per class: {table}"))
     report_broken(predictions.broken)
     return results
 

@@ -18,11 +18,11 @@ from extraction.attacks.distill import Training
 from extraction.attacks.losses import cross_entropy
 from extraction.compute import choose_device
 from extraction.data.augment import Augmentation
-from extraction.data.clips import Clips, ClipShape
+from extraction.data.clips import Clips, ClipShape, report_broken
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, list_classes, require_folder
 from extraction.data.queries import QuerySet
-from extraction.errors import UserError
+from extraction.errors import UserError, printable
 from extraction.evaluation.plots import draw_curve
 from extraction.evaluation.results import percent
 from extraction.evaluation.scoring import Evaluator
@@ -102,7 +102,7 @@ def main(config: Config) -> dict:
     run = Run("train_victim", config.out_dir, config, config.checkpoint_seconds)
     with run.locked():
         if run.finished:
-            print(f"{run.folder} is finished: top-1 {percent(run.finished['top1'])} %")
+            print(f"{printable(run.folder)} is finished: top-1 {percent(run.finished['top1'])} %")
             return run.finished
         return train(config, run, root, val_root, device)
 
@@ -136,7 +136,8 @@ def train(config: Config, run: Run, root: Path, val_root: Path, device: torch.de
     draw_curve(run.folder / "curve.png", history, None, 1 / len(classes), "train_victim")
     last = {name: history[-1][name] for name in ("top1", "top5", "loss")}
     results = run.finish(dict(**last, num_classes=len(classes), num_clips=len(clips), history=history))
-    print(f"top-1 {percent(results['top1'])} % on {len(val)} held-out videos: {run.folder / 'victim.safetensors'}")
+    print(f"top-1 {percent(results['top1'])} % on {len(val)} held-out videos: {printable(run.folder / 'victim.safetensors')}")
+    report_broken([*training.broken, *evaluator.broken])
     return results
 
 

@@ -172,7 +172,7 @@ def time_loader(clips: Clips, batches: list[list[int]], num_workers: int, prefet
     begin, counted = time.perf_counter(), 0
     for number, batch in enumerate(load_batches(clips, batches, num_workers, prefetch=prefetch), 1):
         if batch.broken:
-            raise UserError(f"{clips.refs[batch.broken[0][0]].path}: {batch.broken[0][1]}; take videos that can be read")
+            raise UserError(f"{batch.broken[0].path}: {batch.broken[0].reason}; take videos that can be read")
         counted += len(batch.clips)
         if number == num_workers:  # the workers have started, and are at their second batches
             begin, counted = time.perf_counter(), 0

@@ -155,7 +155,7 @@ def select_clips(
             batches = [new[i : i + config.batch_size] for i in range(0, len(new), config.batch_size)]
             bar.update(len(known))
             for batch in load_batches(images.of(refs), batches, config.num_workers):
-                images.broken.extend((refs[i].path, reason) for i, reason in batch.broken)
+                images.broken.extend(batch.broken)
                 affordable = victim.reserve([keys[i] for i in batch.indices])
                 indices = batch.indices[:affordable]
                 if indices:

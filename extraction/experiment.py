@@ -135,6 +135,9 @@ def open_attack(config: Any, run: Run, *, exact: bool = False) -> Attack:
         path, sources = Path(config.ledger or path), config.answers_from
     shared = path.parent != run.folder
     victim = Ledger(path, open_interface, answers, decimals, exact, sources, shared)
+    if not shared and budget is not None and victim.num_queries > budget:
+        victim.close()
+        raise UserError(f"{path} counts {victim.num_queries} queries, --query-budget {budget} is less; choose another --out-dir")
     val = Clips(find_videos(config.val, victim.classes, "val", config.val_list), views=(1, 1), **config.shape)
     evaluator = Evaluator(
         val, victim.classes, compute.device, config.batch_size, config.num_workers, victim, load, config.min_victim_top1,
@@ -154,7 +157,7 @@ def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None
         default = config_class(**demo) if demo and "--demo" in sys.argv[1:] else config_class()
         doc = (sys.modules[main.__module__].__doc__ or "").strip()
         try:
-            _refuse_other_checkout(Path(sys.modules[main.__module__].__file__ or ""))
+            refuse_other_checkout(Path(sys.modules[main.__module__].__file__ or ""))
             config = parse_options(config_class, default, doc)
             if "OMP_NUM_THREADS" not in os.environ:  # threads beside the loader's workers, not against them: that halves the rate
                 threads = torch.get_num_threads()
@@ -182,7 +185,7 @@ def _end(status: int, line: str) -> NoReturn:
     distributed.exit_process(status, line)
 
 
-def _refuse_other_checkout(script: Path) -> None:
+def refuse_other_checkout(script: Path) -> None:
     """Raise UserError for a script of another checkout than this package, which an editable install puts before the script's."""
     roots = [folder for folder in script.resolve().parents[:2] if (folder / "extraction" / "__init__.py").is_file()]
     if roots and roots[0] != PROJECT.resolve():

@@ -53,6 +53,11 @@ class Run:
         of_an_attack = ("stopped", "num_queries") if "victim" in self.config else ()  # train_victim.py has no victim to query
         finished = _read_json(results, "config", *of_an_attack)
         before, now = finished["config"].get("query_budget"), self.config.get("query_budget")
+        if now is not None and now < finished["num_queries"]:
+            raise UserError(
+                f"{self.folder}: its run has used {finished['num_queries']} queries, --query-budget {now} is less; "
+                "choose another --out-dir"
+            )
         if now != before and (now is None or now > finished["num_queries"]):
             return None  # it stopped for want of budget, and goes on with a larger one
         return finished
@@ -122,9 +127,23 @@ class Run:
             state = read_checkpoint(path)
         except UserError as error:
             raise UserError(f"{error}; remove it to start again: answers stay cached in the ledger") from None
-        if not isinstance(state, dict) or "seconds" not in state:
+        if not isinstance(state, dict) or not isinstance(state.get("seconds"), int | float):
             raise UserError(f"{path}: not the checkpoint of a run; remove it to start again: answers stay cached in the ledger")
         return state
+
+    @contextlib.contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Within it a checkpoint is put to use: what does not fit in it raises UserError."""
+        try:
+            yield
+        except torch.OutOfMemoryError:  # nothing is wrong with the file
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            why = (str(error).strip().splitlines() or [""])[0][:120]
+            raise UserError(
+                f"{self.folder / 'state.pt'}: its inside is not this run's ({type(error).__name__}: {why}); remove it to start "
+                "again: answers stay cached in the ledger"
+            ) from None
 
     def checkpoint_due(self) -> bool:
         """Whether it is time to save, or to stop: the same in all processes."""
@@ -186,6 +205,35 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def require_form(kept: Any, fresh: Any, name: str) -> None:
+    """Raise ValueError when `kept`, of a file, has other types, keys, lengths or shapes than `fresh`."""
+    if isinstance(fresh, int | float):
+        alike = isinstance(kept, int | float)
+    elif isinstance(fresh, dict):
+        alike = isinstance(kept, dict) and kept.keys() == fresh.keys()
+    elif isinstance(fresh, list | tuple):
+        alike = isinstance(kept, list | tuple) and len(kept) == len(fresh)
+    elif isinstance(fresh, torch.Tensor):
+        alike = isinstance(kept, torch.Tensor) and (kept.shape, kept.dtype) == (fresh.shape, fresh.dtype)
+    else:
+        alike = fresh is None or type(kept) is type(fresh)
+    if not alike:
+        raise ValueError(f"{name} is of another form")
+    if isinstance(fresh, dict | list | tuple):
+        for key in fresh if isinstance(fresh, dict) else range(len(fresh)):
+            require_form(kept[key], fresh[key], f"{name} {key}")
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load an optimiser's state. Raises for a wrong form, which PyTorch itself may find only at a later step."""
+    require_form(state["param_groups"], optimizer.state_dict()["param_groups"], "optimizer groups")
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value is not None and value.numel() != 1 and value.shape != parameter.shape:
+                raise ValueError(f"optimizer {name} is of another form")
 
 
 def _read_json(path: Path, *names: str) -> dict:

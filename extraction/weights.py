@@ -63,15 +63,32 @@ def _first_line(error: Exception) -> str:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What `save_weights` wrote beside the tensors; empty for other files."""
+    """What `save_weights` wrote beside the tensors; empty for other files. Raises UserError when it is of a wrong form."""
     path = Path(path)
     if path.suffix != ".safetensors":
         return {}
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get("extraction", "{}"))
+            about = json.loads((file.metadata() or {}).get("extraction", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable weight file, truncated perhaps ({_first_line(error)})") from None
+    if not _is_whole(about):
+        raise UserError(f"{path}: what it says of its model is damaged (classes, frames or size); save it again, or take another")
+    return about
+
+
+def _is_whole(about: Any) -> bool:
+    """Whether all that is known of metadata has its type."""
+    if not isinstance(about, dict):
+        return False
+    classes, words = about.get("classes", [""]), (about.get(name, "") for name in ("student", "architecture"))
+    counts = [about[name] for name in ("num_frames", "stride", "size") if about.get(name) is not None]
+    return (
+        isinstance(classes, list) and bool(classes) and all(isinstance(name, str) for name in classes)
+        and all(isinstance(word, str) for word in words)
+        and all(type(count) is int and count > 0 for count in counts)
+        and type(about.get("num_queries", 0)) is int
+    )  # fmt: skip
 
 
 def load_strictly(net: nn.Module, state: dict[str, Tensor], weights: str | Path, wanted: str) -> None:

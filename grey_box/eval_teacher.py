@@ -20,9 +20,9 @@ from extraction.compute import choose_compute
 from extraction.data.clips import Clips, report_broken
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, require_folder
-from extraction.errors import UserError
+from extraction.errors import UserError, printable
 from extraction.evaluation.results import percent
-from extraction.evaluation.scoring import parse_views, predict_videos, score, write_class_table
+from extraction.evaluation.scoring import name_clips, parse_views, predict_videos, score, write_class_table
 from extraction.experiment import run_script
 from extraction.victims.zoo import find_weights, load_model
 
@@ -53,7 +53,7 @@ class Config(options.ComputeOptions):
     size: options.Count | None = None
     """Height and width of a clip; by default what the victim was trained on, else 224."""
     out_dir: str = "runs/eval_teacher"
-    """Where the per-class table goes, named after the victim."""
+    """Where the per-class table goes, named after the victim and what was scored."""
     demo: bool = False
     """Score a demo victim on the built-in demo set's held-out videos."""
 
@@ -109,7 +109,7 @@ def main(config: Config) -> dict:
     predictions = predict_videos(timed, clips, compute.device, config.batch_size, config.num_workers)
     seconds = time.perf_counter() - started
     results = score(predictions.probs, predictions.labels) | {"clips_per_second": timed.clips_per_second}
-    table = Path(config.out_dir) / f"{Path(name.replace(':', '_')).stem}.classes.csv"
+    table = Path(config.out_dir) / f"{Path(name.replace(':', '_')).stem}.{name_clips(root, clips)}.classes.csv"
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -118,8 +118,8 @@ def main(config: Config) -> dict:
     chance = 1 / len(victim.classes)
     shape = f"{clips.num_frames}x{clips.size}x{clips.size}"
     scores = f"top-1 {percent(results['top1'])} %, top-5 {percent(results['top5'])} % (chance {percent(chance)} %)"
-    print(f"{name}: {scores} on clips of {shape}; attacks send clips of their own size, on which it may score otherwise")
-    print(f"{clips.num_videos} videos of {root}, {config.views} views each; per class: {table}")
+    print(f"{printable(name)}: {scores} on clips of {shape}; attacks send clips of their own size, on which it may score otherwise")
+    print(printable(f"{clips.num_videos} videos of {root}, {config.views} views each; per class: {table}"))
     print(f"{timed.clips_per_second:.1f} clips/s in the victim, {len(clips) / seconds:.1f} with decoding, on {compute.device}")
     report_broken(predictions.broken)
     return results

@@ -1,12 +1,14 @@
 """What the tests share: a small demo set, drawn once, and one thread, so that they run alike everywhere."""
 
 import os
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the scripts that tests start: a worker a core
+# For them too: this checkout's package, whichever one the environment has.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 
 import struct
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -21,11 +21,11 @@ from extraction import distributed
 from extraction.attacks.losses import answers_to_logits, answers_to_targets, kl_loss, l1_loss
 from extraction.attacks.replay import Replay
 from extraction.attacks.zeroth_order import estimate_gradient
-from extraction.errors import BudgetExhausted, UserError
+from extraction.errors import BudgetExhausted, UserError, printable
 from extraction.evaluation.plots import draw_queries
 from extraction.evaluation.results import QUERY_BUDGET, finish
 from extraction.evaluation.scoring import Evaluator
-from extraction.runs import Run
+from extraction.runs import Run, require_form, restore_optimizer
 from extraction.students import Student
 from extraction.victims.ledger import Ledger
 from extraction.victims.query_interface import ANSWERS
@@ -278,8 +278,12 @@ class Attacker:
         return dict(**parts, sums=self._all_sums(), num_asked=self.num_asked)
 
     def load_state_dict(self, state: dict) -> None:
+        require_form([state["sums"], state["num_asked"]], [{k: v.cpu() for k, v in self._sums.items()}, 0], "sums")
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            if isinstance(part, torch.optim.Optimizer):
+                restore_optimizer(part, state[name])
+            else:
+                part.load_state_dict(state[name])
         if distributed.is_main_process():  # they are those of all
             self._sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.num_asked = state["num_asked"]
@@ -365,10 +369,15 @@ class DataFree:
         if state is None:
             print(f"clips kept for replay take {self.attacker.replay.num_bytes / 1e6:.0f} MB of memory", flush=True)
             return 0
-        self.victim.require_count(state.get("num_queries", 0))
-        self.attacker.load_state_dict(state["attacker"])
-        self.history = state["history"]
-        print(f"resuming {self.run.folder} at iteration {state['iteration']} of {self.iterations}", flush=True)
+        with self.run.restoring():
+            require_form([state["num_queries"], state["iteration"]], [0, 0], "state")
+            require_form([point["num_queries"] for point in state["history"]], [0] * len(state["history"]), "history")
+            if not 0 <= state["iteration"] <= self.iterations:
+                raise ValueError(f"iteration {state['iteration']} of {self.iterations}")
+            self.victim.require_count(state["num_queries"])
+            self.attacker.load_state_dict(state["attacker"])
+            self.history = state["history"]
+        print(f"resuming {printable(self.run.folder)} at iteration {state['iteration']} of {self.iterations}", flush=True)
         return state["iteration"]
 
     def _save(self, iteration: int) -> None:

@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 from extraction import distributed
 from extraction.attacks.losses import answers_to_targets
-from extraction.data.clips import Batch, load_batches
+from extraction.data.clips import Batch, load_batches, name_once
 from extraction.data.queries import QuerySet
-from extraction.errors import UserError
+from extraction.errors import UserError, printable
 from extraction.evaluation.plots import draw_queries
 from extraction.evaluation.results import QUERY_BUDGET, finish
 from extraction.evaluation.scoring import Evaluator
 from extraction.network import VideoModel
-from extraction.runs import Run
+from extraction.runs import Run, require_form, restore_optimizer
 from extraction.students import Student
 from extraction.victims.ledger import Ledger
 
@@ -109,7 +109,7 @@ class Training:
         self.student.train()
         with self.run.interruptible(), self._bar, contextlib.closing(batches):
             for loaded, batch in batches:
-                self.broken.extend((refs[i].path, reason) for i, reason in loaded.broken)
+                self.broken.extend(loaded.broken)
                 if batch.number == 0 and batch.keys and self.victim is not None:
                     sources = [refs[i].path.parent.name for i in loaded.indices]
                     draw_queries(self.run.folder / "clips.png", batch.clips, batch.targets, sources, self.victim.classes)
@@ -122,7 +122,7 @@ class Training:
                 self._end_step()
                 if self._batch.exhausted:
                     break
-        self.broken = list(dict.fromkeys(distributed.gather(self.broken)))
+        self.broken = name_once(distributed.gather(self.broken))
 
     def forward(self, clips: Tensor) -> Tensor:
         """The student's logits (B, num_classes), to be followed by `step`.
@@ -245,14 +245,20 @@ class Training:
                 most = self.queries.count_queries(self.epochs)
                 print(f"{len(self.queries)} clips, {self.epochs} epochs: at most {most} queries", flush=True)
             return 0
-        if self.victim is not None:
-            self.victim.require_count(state.get("num_queries", 0))
-        self.student.net.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self._losses.extend(state["recent"])
-        self.history = state["history"]
-        print(f"resuming {self.run.folder} at batch {state['batch']} of {self.order.num_batches}", flush=True)
+        with self.run.restoring():
+            fresh = dict(num_queries=0, batch=0, recent=[0.0] * len(state["recent"]), schedule=self.schedule.state_dict())
+            require_form({name: state[name] for name in fresh}, fresh, "state")
+            require_form([point["num_queries"] for point in state["history"]], [0] * len(state["history"]), "history")
+            if not 0 <= state["batch"] <= self.order.num_batches:
+                raise ValueError(f"batch {state['batch']} of {self.order.num_batches}")
+            if self.victim is not None:
+                self.victim.require_count(state["num_queries"])
+            self.student.net.load_state_dict(state["student"])
+            restore_optimizer(self.optimizer, state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self._losses.extend(state["recent"])
+            self.history = state["history"]
+        print(f"resuming {printable(self.run.folder)} at batch {state['batch']} of {self.order.num_batches}", flush=True)
         return state["batch"]
 
     def _save(self, batch: int) -> None:

@@ -50,5 +50,8 @@ class Replay:
         return dict(clips=clips, targets=targets, num_pushed=self.num_pushed)
 
     def load_state_dict(self, state: dict) -> None:
-        self.num_pushed = state["num_pushed"]
+        self.num_pushed = int(state["num_pushed"])
+        full, clips, targets = len(self), state["clips"], state["targets"]
+        if (clips.shape, targets.shape) != (self.clips[:full].shape, self.targets[:full].shape):
+            raise ValueError(f"replay clips {tuple(clips.shape)}, {full} pushed")
         self.clips[: len(self)], self.targets[: len(self)] = state["clips"], state["targets"]

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from extraction.data.decoding import Probe, Unreadable, decode_clip, probe
+from extraction.data.decoding import Broken, Probe, Unreadable, decode_clip, probe
 from extraction.data.folders import Video
-from extraction.errors import UserError
+from extraction.errors import UserError, printable
 
 
 class ClipShape(TypedDict):
@@ -99,13 +99,13 @@ class Clips(Dataset):
     def __len__(self) -> int:
         return len(self.refs)
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
-        """The clip as uint8 (T, H, W, 3), or the reason why it can't be had."""
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | Broken]:
+        """The clip as uint8 (T, H, W, 3), or the file that it can't be had from."""
         ref = self.refs[index]
         try:
             return index, decode_clip(ref.path, ref.start, self.num_frames, self.stride, self.size, ref.crop)
         except Unreadable as error:
-            return index, str(error)
+            return index, Broken(ref.path, str(error))
 
 
 def _probe_or_reason(path: Path) -> Probe | str:
@@ -120,13 +120,13 @@ class Batch(NamedTuple):
 
     indices: list[int]
     clips: Tensor  # uint8 (B, T, H, W, C)
-    broken: list[tuple[int, str]]  # the others: index and reason
+    broken: list[Broken]  # what could not
 
 
-def collate(items: list[tuple[int, np.ndarray | str]]) -> Batch:
-    good = [(index, clip) for index, clip in items if not isinstance(clip, str)]
+def collate(items: list[tuple[int, np.ndarray | Broken]]) -> Batch:
+    good = [(index, clip) for index, clip in items if not isinstance(clip, Broken)]
     clips = torch.from_numpy(np.stack([clip for _, clip in good])) if good else torch.empty(0, dtype=torch.uint8)
-    return Batch([index for index, _ in good], clips, [(index, clip) for index, clip in items if isinstance(clip, str)])
+    return Batch([index for index, _ in good], clips, [clip for _, clip in items if isinstance(clip, Broken)])
 
 
 def count_cores() -> int:
@@ -203,12 +203,21 @@ def _start_worker(_number: int) -> None:
     torch.set_num_threads(1)
 
 
+def name_once(broken: Iterable[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    """Each file with the first of its reasons: every clip of a damaged one has a reason of its own."""
+    reasons: dict[Path, str] = {}
+    for path, reason in broken:
+        reasons.setdefault(path, reason)
+    return list(reasons.items())
+
+
 def report_broken(broken: Sequence[tuple[Path, str]], limit: int = 10) -> None:
-    """Say at the end which videos were left out, and why."""
+    """Say at the end which files were left out, and why, each once."""
     if not broken:
         return
-    print(f"left out {len(broken)} unreadable video{'s' if len(broken) > 1 else ''}:")
+    broken = name_once(broken)
+    print(f"left out {len(broken)} unreadable file{'s' if len(broken) > 1 else ''}:")
     for path, reason in broken[:limit]:
-        print(f"  {path}: {reason}")
+        print(f"  {printable(path)}: {printable(reason)}")
     if len(broken) > limit:
         print(f"  ... and {len(broken) - limit} more, all in results.json")

@@ -27,6 +27,13 @@ class Unreadable(Exception):
     """A video that gives no clip: the reason, in a few words."""
 
 
+class Broken(NamedTuple):
+    """A file that gives no clip, in the place of the clip."""
+
+    path: Path
+    reason: str
+
+
 class Probe(NamedTuple):
     num_frames: int  # by the container's header; a damaged file may hold fewer
     fingerprint: str  # of the file's content: its size, beginning and end

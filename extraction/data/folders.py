@@ -48,7 +48,7 @@ def require_folder(root: str | Path, belongs: str) -> Path:
     return root
 
 
-def _class_folders(root: Path, split: str | None) -> Path:
+def class_folder(root: Path, split: str | None) -> Path:
     """The folder whose children are the class folders: that of the split below `root` if there is one, else `root`."""
     for name in _spellings(split):
         if (root / name).is_dir():
@@ -66,7 +66,7 @@ def _spellings(split: str | None) -> tuple[str, ...]:
 
 def list_classes(root: str | Path, split: str | None = None) -> list[str]:
     """The names of the class folders of a labelled folder, sorted."""
-    folder = _class_folders(Path(root), split)
+    folder = class_folder(Path(root), split)
     names = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not names:
         raise UserError(f"{folder}: no class folders in it; it must be laid out as class/video files")
@@ -107,7 +107,7 @@ def find_videos(
     where, videos = group_videos(root, split, listing, known)
     unknown = [name for name in videos if known is not None and normalise_class(name) not in known]
     if unknown and classes is not None:
-        raise UserError(f"{where}: {_some(unknown)} not among the victim's {len(classes)} classes; move them or rename them")
+        raise UserError(f"{where}: {_some(unknown)} not among the {len(classes)} classes of the model; move them or rename them")
     refuse_empty_classes(where, videos)
     return sorted(
         Video(path, -1 if known is None else known[normalise_class(name)]) for name, paths in videos.items() for path in paths
@@ -124,7 +124,7 @@ def group_videos(
     """
     if listing is not None:
         return Path(listing), _read_listing(root, split, listing, known)
-    folder = _class_folders(root, split)
+    folder = class_folder(root, split)
     return folder, {name: _find_files(folder / name) for name in list_classes(root, split)}
 
 
@@ -177,7 +177,7 @@ def _read_listing(root: Path, split: str | None, listing: str | Path, known: Con
     elif path.is_file():
         videos = _group(_read_paths(root, split, path, known))
     elif Path(splits).is_dir():
-        videos = _read_hmdb(_class_folders(root, None), Path(splits), number, split)
+        videos = _read_hmdb(class_folder(root, None), Path(splits), number, split)
     else:
         raise UserError(f"list {listing} not found: it names the videos of {root} to use")
     named = [video for paths in videos.values() for video in paths]
@@ -219,7 +219,7 @@ def _or_copy(video: Path) -> Path:
 
 
 def _read_paths(root: Path, split: str | None, listing: Path, known: Container[str] | None) -> list[tuple[Path, str]]:
-    entries, inner = [], _class_folders(root, split)
+    entries, inner = [], class_folder(root, split)
     for line in _read_lines(listing):
         if line.startswith("#"):
             continue
@@ -257,7 +257,7 @@ def _read_csv(root: Path, split: str | None, listing: Path) -> dict[str, list[Pa
         return _group_kinetics(root, split, listing, [dict(zip(first, row, strict=False)) for row in rows])
     if len(first) > 1 and Path(first[0]).suffix.lower() in EXTENSIONS and all(len(row) > 1 for row in rows):
         # Moments in Time: the file, with or without its class folder, and the class.
-        inner = _class_folders(root, split)
+        inner = class_folder(root, split)
         named = [(name if "/" in name else f"{own}/{name}", own) for name, own, *_ in [first, *rows]]
         return _group((_below(root, inner, name), own) for name, own in named)
     raise UserError(

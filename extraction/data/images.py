@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from extraction.data.decoding import Broken
 from extraction.data.demo import locked
 from extraction.data.folders import require_folder
 from extraction.errors import UserError
@@ -109,12 +110,15 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.refs)
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
-        """The pictures as uint8 (num_layers, H, W, 3), or the reason why they can't be had."""
-        try:
-            return index, np.stack([read_image(self.files[k][0], self.size) for k in self.refs[index].pictures])
-        except _UNREADABLE as error:
-            return index, _reason(error)
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | Broken]:
+        """The pictures as uint8 (num_layers, H, W, 3), or the first file among them that can't be read."""
+        pictures = []
+        for path in (self.files[k][0] for k in self.refs[index].pictures):
+            try:
+                pictures.append(read_image(path, self.size))
+            except _UNREADABLE as error:
+                return index, Broken(path, _reason(error))
+        return index, np.stack(pictures)
 
 
 # What PIL raises for files that are damaged, not images, or too large to be meant.

@@ -23,7 +23,7 @@ class Ref(Protocol):
 class ClipDataset(Protocol):
     """What can be distilled from: `Clips` of videos, `Images` that are moved, `Codes` of a generator.
 
-    Item i is (i, what `QuerySet.make_views` makes a clip of), or (i, the reason why it can't be had).
+    Item i is (i, what `QuerySet.make_views` makes a clip of), or (i, the `Broken` file that it can't be had from).
     """
 
     @property

@@ -14,8 +14,8 @@ from typing import Annotated
 
 import tyro
 
-from extraction.data.folders import SPLITS, group_videos, normalise_class, refuse_empty_classes
-from extraction.errors import UserError, run_tool
+from extraction.data.folders import SPLITS, class_folder, group_videos, normalise_class, refuse_empty_classes
+from extraction.errors import UserError, printable, run_tool
 from extraction.weights import write_atomically
 
 
@@ -44,7 +44,7 @@ def write_subset(
 
     Args:
         folder: Videos in class folders, as every script takes them.
-        out: The text file to write: paths below the folder, one per line.
+        out: The text file to write: paths below the folder of the class folders, one per line.
         share: Fraction of each class, above 0 and up to 1.
         seed: Another seed draws other videos.
         split: Draw from this half only: train or val.
@@ -56,7 +56,8 @@ def write_subset(
     if not root.is_dir():
         raise UserError(f"folder {folder} not found: it holds the labelled videos, in class folders")
     where, videos = group_videos(root, split, listing)
-    names = {own: [path.relative_to(root).as_posix() for path in paths] for own, paths in videos.items()}
+    inner = class_folder(root, split)
+    names = {own: [_name_below(path, inner, root) for path in paths] for own, paths in videos.items()}
     _refuse_unreadable(where, names, "pass --split train or --split val" if split is None else f"{root} has no {split} half")
     refuse_empty_classes(where, videos)
     chosen = choose_share(names, share, seed)
@@ -70,7 +71,12 @@ def write_subset(
     ]
     text = "\n".join(lines) + "\n"
     write_atomically(out, lambda file: file.write(text.encode(errors="surrogateescape")))
-    print(f"{out}: {num_chosen} of {total} videos, {len(chosen)} classes")
+    print(f"{printable(out)}: {num_chosen} of {total} videos, {len(chosen)} classes")
+
+
+def _name_below(path: Path, inner: Path, root: Path) -> str:
+    """A video's path below the folder of the class folders, so that `FOLDER --split val` and `FOLDER/val` draw and name alike."""
+    return path.relative_to(inner if path.is_relative_to(inner) else root).as_posix()
 
 
 def _refuse_unreadable(where: Path, names: dict[str, list[str]], of_halves: str) -> None:

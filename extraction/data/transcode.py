@@ -28,7 +28,7 @@ from tqdm import tqdm
 from extraction.data.clips import report_broken
 from extraction.data.decoding import Unreadable, describe_error, open_video_stream, view_plane
 from extraction.data.folders import EXTENSIONS
-from extraction.errors import UserError, run_tool
+from extraction.errors import UserError, printable, run_tool
 from extraction.weights import write_atomically
 
 _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
@@ -77,11 +77,11 @@ def transcode_folder(
     report_broken(broken, limit=len(broken))
     for video, note in notes.items():
         if copies[video].exists():
-            print(f"{video}: damaged ({note}), kept up to there")
+            print(f"{printable(video)}: damaged ({printable(note)}), kept up to there")
     there = {video: copy for video, copy in copies.items() if copy.exists()}
     before, after = (sum(path.stat().st_size for path in paths) / 1e6 for paths in (there.keys(), there.values()))
     print(
-        f"{target}: {len(there)} of {len(copies)} videos, {len(todo) - len(broken)} of them made now "
+        f"{printable(target)}: {len(there)} of {len(copies)} videos, {len(todo) - len(broken)} of them made now "
         f"in {time.monotonic() - started:.0f} s; {after:.1f} MB, {after / max(before, 1e-6):.2f} of the originals"
     )
 

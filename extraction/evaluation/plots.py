@@ -1,11 +1,13 @@
 """Pictures of a run: curves, bars, sheets of clips. Matplotlib and nothing else."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from extraction import distributed
+from extraction.errors import printable
 
 
 def draw_curve(path: str | Path, history: Sequence[dict], victim_top1: float | None, chance: float, title: str) -> None:
@@ -63,7 +65,7 @@ def draw_clips(path: str | Path, clips: Tensor, captions: Sequence[str], num_fra
     shown = [round(k * (length - 1) / max(1, num_frames - 1)) for k in range(min(num_frames, length))]
     figure, axes = _pyplot().subplots(rows, len(shown), figsize=(1.25 * len(shown), 1.5 * rows), squeeze=False)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.25 / (1.5 * rows), wspace=0.04, hspace=0.25)
-    for row, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
+    for row, (clip, caption) in enumerate(zip(clips, make_drawable(captions), strict=True)):
         for column, frame in enumerate(shown):
             axes[row, column].imshow(clip[:, frame].permute(1, 2, 0).numpy(), interpolation="nearest")
             axes[row, column].axis("off")
@@ -72,13 +74,64 @@ def draw_clips(path: str | Path, clips: Tensor, captions: Sequence[str], num_fra
 
 
 def draw_queries(path: str | Path, views: Tensor, targets: Tensor, sources: Sequence[str], classes: Sequence[str]) -> None:
-    """Draw the first clips that the victim saw, each under the name of its folder and the victim's top answer."""
+    """Draw the first clips that the victim saw, each under the name of its folder and the victim's top answer.
+
+    The answer's number among the classes stands before a name that no font here draws.
+    """
     confidence, top = targets.max(1)
     captions = [
-        f"{source}: the victim says {classes[label]} ({100 * share:.0f} %)"
+        f"{source}: the victim says {_name_class(classes, label)} ({100 * share:.0f} %)"
         for source, label, share in zip(sources, top.tolist(), confidence.tolist(), strict=False)
     ]
     draw_clips(path, views[:8], captions[:8])
+
+
+def _name_class(classes: Sequence[str], label: int) -> str:
+    return classes[label] if make_drawable([classes[label]])[0] == classes[label] else f"class {label}, {classes[label]}"
+
+
+def make_drawable(texts: Sequence[str]) -> list[str]:
+    """The texts in one line each, with `\\u4e2d` for what no font here draws: Matplotlib would draw boxes, and warn of each."""
+    return ["".join(c if _find_font(ord(c)) else ascii(c)[1:-1] for c in printable(text)) for text in texts]
+
+
+@functools.cache
+def _find_font(code: int) -> str | None:
+    """The name of a font that draws a character, which from then on Matplotlib uses too; None, said once, if there is none."""
+    pyplot = _pyplot()
+    if code < 128:
+        return pyplot.rcParams["font.family"][0]
+    from matplotlib.font_manager import fontManager
+
+    # Not those that draw boxes for everything, and TeX's, whose codes are their own.
+    unfit = ("Last Resort", "STIX", "cm")
+    fonts = {f.fname: f.name for f in fontManager.ttflist if f.style == "normal" and not f.name.startswith(unfit)}
+    used = pyplot.rcParams["font.family"]
+    default = {name for family in used for name in pyplot.rcParams.get(f"font.{family}", [family])}
+    # Those in use come first: what they draw needs no other.
+    for path, name in sorted(fonts.items(), key=lambda font: font[1] not in default):
+        if code in _read_charmap(path):
+            if name not in default:
+                pyplot.rcParams["font.family"] = [*used, name]
+            return name
+    _say_undrawable()
+    return None
+
+
+@functools.cache
+def _read_charmap(path: str) -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return frozenset(FT2Font(path).get_charmap())
+    except (OSError, RuntimeError):  # a font file that cannot be read
+        return frozenset()
+
+
+@functools.cache
+def _say_undrawable() -> None:
+    if distributed.is_main_process():
+        print("some names are written with escapes in the pictures: no font here draws them (Noto's fonts would)")
 
 
 def _save(figure, path: str | Path, dpi: int) -> None:
@@ -93,4 +146,5 @@ def _pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot
 
+    matplotlib.rcParams["text.parse_math"] = False  # names may have dollars in them
     return matplotlib.pyplot

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from extraction.data.clips import report_broken
-from extraction.errors import UserError, run_tool
+from extraction.data.clips import name_once, report_broken
+from extraction.errors import UserError, printable, run_tool
 from extraction.evaluation.plots import draw_curve
 from extraction.evaluation.scoring import Evaluator
 from extraction.runs import Run
@@ -48,7 +48,7 @@ def finish(
     draw_curve(run.folder / "curve.png", history, evaluator.victim_scores.get("top1"), chance, run.experiment)
     final = {k: v for k, v in history[-1].items() if k not in ("epoch", "iteration", "num_queries", "loss")}
     victim_scores = {f"victim_{name}": value for name, value in evaluator.victim_scores.items()}
-    broken = [*broken, *evaluator.broken]
+    broken = name_once([*broken, *evaluator.broken])
     results = run.finish(
         dict(
             victim=victim.victim if victim is not None else None,
@@ -70,7 +70,7 @@ def finish(
     )
     print_results(results)
     report_broken(broken)
-    print(f"all of it is in {run.folder}")
+    print(f"all of it is in {printable(run.folder)}")
     if stopped == QUERY_BUDGET:
         print(say_how_to_go_on(results["num_queries"], results["query_budget"]))
     return results
@@ -93,6 +93,7 @@ def percent(fraction: float | None) -> str:
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, the first row being the head."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows
@@ -103,7 +104,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 def print_results(*runs: dict) -> dict:
     """Print one table of the results of runs on the same held-out videos: victims, students, chance. Returns the last."""
     last = runs[-1]
-    rows = [["% on held-out videos", "top-1", "top-5", "agreement@1", "agreement@5", "queries"]]
+    rows = [["% on held-out videos" + _describe_clips(runs), "top-1", "top-5", "agreement@1", "agreement@5", "queries"]]
     victims = dict.fromkeys(
         (run["victim"], run["victim_fingerprint"], percent(run["victim_top1"]), percent(run["victim_top5"]))
         for run in runs
@@ -120,6 +121,13 @@ def print_results(*runs: dict) -> dict:
         rows = [[cell if k not in (2, 4) or row is rows[0] else "-" for k, cell in enumerate(row)] for row in rows]
     print("\n" + format_table(rows) + "\n")
     return last
+
+
+def _describe_clips(runs: Sequence[dict]) -> str:
+    """The clips that all the runs were scored on, frames x height x width: a victim scores otherwise on others."""
+    shapes = {tuple(run.get("config", {}).get(name) for name in ("num_frames", "size", "size")) for run in runs}
+    shape = shapes.pop() if len(shapes) == 1 else (None,)
+    return "" if None in shape else f", clips of {'x'.join(map(str, shape))}"
 
 
 def _tell_apart(runs: Sequence[dict]) -> list[str]:

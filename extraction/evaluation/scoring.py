@@ -16,7 +16,7 @@ from tqdm import tqdm
 from extraction import distributed
 from extraction.data.clips import Clips, load_batches
 from extraction.data.queries import ClipDataset, Ref
-from extraction.errors import UserError
+from extraction.errors import UserError, printable
 from extraction.victims.ledger import Ledger
 from extraction.weights import write_atomically
 
@@ -70,7 +70,7 @@ def predict_videos(
     rounds = max(distributed.gather([len(batches)]))
     loader = load_batches(clips, batches, num_workers, pin_memory=torch.device(device).type == "cuda")
     for batch in tqdm(loader, total=len(batches), desc=desc, unit="batch", leave=False, dynamic_ncols=True):
-        broken |= {clips.refs[i].path: reason for i, reason in batch.broken}
+        broken |= dict(batch.broken)
         if not batch.indices:
             keep([], torch.empty(0))
             continue
@@ -207,13 +207,20 @@ class Evaluator:
             line = f"{len(both)} videos that score the student are trained on too, such as {both[0]}"
             if not self.allow_overlap:
                 raise UserError(f"{line}; keep them out (--val-list, --in-domain-list), or pass --allow-overlap")
-            print(line)
+            print(printable(line))
 
     def score(self, student: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """`top1`, `top5` and, with a victim, `agreement_at_1`, `agreement_at_5` of a student in evaluation mode."""
         predictions = self._predict(student)
         self.broken = predictions.broken
         return score(predictions.probs, predictions.labels, self.victim_probs)
+
+
+def name_clips(root: str | Path, clips: Clips) -> str:
+    """A word for file names: the folder's name and what tells its scored clips (videos, views, shape) from all others."""
+    digest = hashlib.blake2b("|".join(ref.key for ref in clips.refs).encode(), digest_size=3).hexdigest()
+    folder = re.sub(r"[^\w.-]+", "_", Path(root).resolve().name)
+    return f"{folder}-{digest}"
 
 
 def write_class_table(path: str | Path, probs: Tensor, labels: Tensor, classes: Sequence[str]) -> None:

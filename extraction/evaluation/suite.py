@@ -12,7 +12,7 @@ from extraction.compute import choose_compute
 from extraction.data.clips import Clips, ClipShape
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos
-from extraction.errors import UserError
+from extraction.errors import UserError, printable
 from extraction.evaluation.plots import draw_bars
 from extraction.evaluation.results import count_queries, read_results
 from extraction.evaluation.scoring import predict_videos, score
@@ -64,7 +64,7 @@ def run_all(
         for number, (name, script, _, flags) in enumerate(experiments, 1):
             if _is_done(runs / name):
                 continue
-            print(f"\n[seed {seed}, {number} of {len(experiments)}] {script} {' '.join(flags)}", flush=True)
+            print(f"\n[seed {seed}, {number} of {len(experiments)}] {script} {printable(' '.join(flags))}", flush=True)
             given = [*(["--demo"] if demo else []), *(flag.replace("{runs}", str(runs)) for flag in flags)]
             command = [sys.executable, PROJECT / script, "--out-dir", runs / name, "--seed", seed, *given]
             if subprocess.run([str(part) for part in command]).returncode:
@@ -78,7 +78,7 @@ def run_all(
         table = write_table(experiments, out_dir, seeds)
     except UserError as error:
         raise UserError(f"{error}; {failure}" if failed else str(error)) from None
-    print(f"\n{table}\nin {out_dir}/table.md and table.png")
+    print(f"\n{table}\nin {printable(out_dir)}/table.md and table.png")
     if document:
         write_between_markers(PROJECT / "docs/results.md", document, table)
     if failed:
@@ -147,10 +147,12 @@ def _score_unseen(folder: Path) -> None:
     if results is None or "unseen_top1" in results:
         return
     student, about = load_student(results["student"], folder / "student.safetensors")
+    if missing := {"num_frames", "stride", "size", "classes"} - set(about):
+        raise UserError(f"{folder / 'student.safetensors'}: does not say its {min(missing)}; delete {folder} and run it again")
     shape = ClipShape(num_frames=about["num_frames"], stride=about["stride"], size=about["size"])
     clips = Clips(find_videos(write_unseen_set(), about["classes"], "val"), views=(1, 1), **shape)
     compute = choose_compute()
-    predictions = predict_videos(compute.prepare(student), clips, compute.device, desc=f"unseen videos, {folder.name}")
+    predictions = predict_videos(compute.prepare(student), clips, compute.device, desc=f"unseen videos, {printable(folder.name)}")
     scores = dict(unseen_top1=score(predictions.probs, predictions.labels)["top1"], num_unseen_videos=clips.num_videos)
     write_atomically(folder / "unseen.json", lambda file: file.write(json.dumps(scores).encode()))
 

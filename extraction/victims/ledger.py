@@ -103,7 +103,7 @@ class Ledger:
             if not kept:
                 self.close()
                 raise
-            print(f"{error}\nanswering from {self.path} alone: {len(self)} answers kept")
+            print(f"{error}\nanswering from {printable(self.path)} alone: {len(self)} answers kept")
             self._victim = None
         if self._victim is not None:
             victim = dict(victim=self._victim.name, fingerprint=self._victim.fingerprint)
@@ -505,7 +505,7 @@ def verify(ledger: _LEDGER, /) -> None:
         problems.append(f"{rows} answers but only {about['num_queries']} queries counted")
     if problems:
         raise UserError(f"{ledger}: {'; '.join(problems)}")
-    print(f"{ledger}: {rows} answers, all whole and counted")
+    print(f"{printable(ledger)}: {rows} answers, all whole and counted")
 
 
 def export(ledger: _LEDGER, out: _OUT, /) -> None:
@@ -534,7 +534,7 @@ def export(ledger: _LEDGER, out: _OUT, /) -> None:
     elif not out.endswith(".npz"):
         raise UserError(f"{out}: export to a file ending in .npz or .parquet")
     write_atomically(out, write)
-    print(f"{len(rows)} answers written to {out}")
+    print(f"{len(rows)} answers written to {printable(out)}")
 
 
 def merge(into: _INTO, other: _OTHER, /) -> int:
@@ -566,7 +566,7 @@ def merge(into: _INTO, other: _OTHER, /) -> int:
             total = target.execute("SELECT value FROM about WHERE name = 'num_queries'").fetchone()[0]
     except sqlite3.Error as error:
         raise UserError(f"cannot merge {other} into {into}: {error}") from None
-    print(f"{added} answers added to {into}; {total} queries used in all")
+    print(f"{added} answers added to {printable(into)}; {total} queries used in all")
     return added
 
 
@@ -595,7 +595,7 @@ def copy(ledger: _LEDGER, out: Annotated[str, tyro.conf.arg(metavar="OUT", help=
                 target.execute("INSERT OR REPLACE INTO about VALUES ('id', ?)", (uuid.uuid4().hex,))
     except sqlite3.Error as error:
         raise UserError(f"cannot copy {ledger} to {out}: {error}") from None
-    print(f"{ledger} copied to {out}")
+    print(printable(f"{ledger} copied to {out}"))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision import ops
 
-from extraction.errors import UserError, run_tool
+from extraction.errors import UserError, printable, run_tool
 from extraction.network import VideoModel
 from extraction.victims.classes import kinetics600_classes
 from extraction.weights import load_strictly, read_state, save_weights
@@ -407,7 +407,7 @@ def convert(
     state = load_movinet_state(source, model_id)
     save_weights(out, state, {"architecture": f"movinet_{model_id}"})
     count = sum(tensor.numel() for tensor in state.values())
-    print(f"{out}: {count} weights of MoViNet-{model_id.upper()}, in {len(state)} tensors, from {source}")
+    print(printable(f"{out}: {count} weights of MoViNet-{model_id.upper()}, in {len(state)} tensors, from {source}"))
 
 
 if __name__ == "__main__":

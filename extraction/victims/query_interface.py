@@ -38,6 +38,11 @@ class VictimModel(nn.Module):
                 f"clips reach from {low:.4g} to {high:.4g}, a victim takes RGB in [0, 1]: divide 0..255 by 255, and leave "
                 "normalising to the victim; no query was counted"
             )
+        if logits.shape != (len(clips), len(self.classes)):
+            raise UserError(
+                f"victim {self.name!r} answered {len(clips)} clips with {tuple(logits.shape)}, not ({len(clips)}, "
+                f"{len(self.classes)}): its model and its classes do not belong together; no query was counted"
+            )
         return logits
 
 

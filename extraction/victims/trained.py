@@ -80,6 +80,8 @@ def load_trained(weights: Path) -> tuple[VideoModel, list[str]]:
         raise UserError(
             f"{weights}: not a victim made by train_victim.py (no class names inside); pass --victim by its own name"
         )
+    if "num_frames" not in about or "size" not in about:
+        raise UserError(f"{weights}: does not say the frames and size of the clips that it was trained on; train it again")
     model = create_network(about["architecture"], len(about["classes"]), about["num_frames"], about["size"])
     swin.load_state(model.net, read_state(weights), weights, about["architecture"])
     if isinstance(model.net, movinet.MoViNet):

@@ -154,6 +154,18 @@ def _read_code(load: Callable) -> str | None:
         return load.__qualname__
 
 
+def _require_form(loaded: object, name: str) -> Loaded:
+    """What a loader returned. Raises UserError when it is not a VideoModel and its classes."""
+    match loaded:
+        case (VideoModel() as model, [_, *_] as classes) if all(isinstance(own, str) for own in classes):
+            return model, classes
+        case (first, second):
+            found = f"({type(first).__name__}, {type(second).__name__})"
+        case _:
+            found = type(loaded).__name__
+    raise UserError(f"victim {name!r}: its loader returned {found}, not (VideoModel, [class name, ...] in the order of the logits)")
+
+
 def load_model(
     name: str,
     weights: str | Path | None = None,
@@ -175,7 +187,7 @@ def load_model(
         if family not in GRAPHS:
             raise UserError(f"--victim-about is for {' and '.join(GRAPHS)} files; victim {name!r} knows its clips itself")
         options["about"] = about
-    model, names = load(path, **(options if family else {}))
+    model, names = _require_form(load(path, **(options if family else {})), name)
     if classes is not None and not family:  # the classes of another order, or in other words
         check_classes(options["classes"], f"victim {name!r}", len(names))
         names = options["classes"]

@@ -39,7 +39,7 @@ def test_loader_brings_uint8_and_sets_broken_clips_aside(write_counting_video, t
     batch = next(iter(load_batches(clips, [range(len(clips))], 0)))
     assert batch.clips.dtype == torch.uint8
     assert batch.clips.shape == (2, 8, 32, 32, 3)
-    assert [clips.refs[i].path.parent.name for i, _ in batch.broken] == ["one", "one"]
+    assert [broken.path.parent.name for broken in batch.broken] == ["one", "one"]
 
 
 def test_a_class_without_a_readable_video_stops(tmp_path):

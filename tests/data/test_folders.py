@@ -72,7 +72,7 @@ def test_lists_choose_and_name_what_is_missing(tmp_path):
         (lambda root: None, "belongs there; or try --demo"),
         (lambda root: root.mkdir(), "no class folders"),
         (lambda root: (root / "a").mkdir(parents=True), "no video in class 'a'"),
-        (lambda root: (root / "what").mkdir(parents=True), "class 'what' not among the victim's 2 classes"),
+        (lambda root: (root / "what").mkdir(parents=True), "class 'what' not among the 2 classes of the model"),
     ],
 )
 def test_bad_folders_get_one_line(tmp_path, make, line):
@@ -123,7 +123,7 @@ def test_ucf101_official_split(error_line, ucf):
     assert "1 of its 6 files missing below" in line
     assert "v_YoYo_g09_c01.avi" in line
     assert "trainlist04.txt not found" in error_line(find_videos, ucf, classes, listing=lists / "trainlist04.txt")
-    assert "class 'YoYo' not among the victim's 2 classes" in error_line(
+    assert "class 'YoYo' not among the 2 classes of the model" in error_line(
         find_videos, ucf, classes[:2], listing=lists / "testlist01.txt"
     )
 
@@ -286,7 +286,8 @@ def test_eval_only_scores_on_kinetics_600(tmp_path, capsys):
         device="cpu",
     )
     assert eval_only.main(config)["top1"] == 0.5
-    table = (tmp_path / "student.classes.csv").read_text().splitlines()
+    (path,) = tmp_path.glob("student.*.classes.csv")
+    table = path.read_text().splitlines()
     assert table[1:] == [f"{k600[0]},1,0.0000,1.0000", f"{k600[427]},1,1.0000,1.0000"]
     with pytest.raises(UserError, match="its head has 600 classes, the class list 400"):
         eval_only.main(eval_only.Config(**(vars(config) | {"classes": "k400"})))
@@ -311,15 +312,24 @@ def draw(root: Path, out: Path, **options) -> list[str]:
 def test_subset_takes_the_same_share_of_each_class(labelled, tmp_path, capsys):
     out = tmp_path / "list.txt"
     names = draw(labelled, out, share=0.05)
-    counts = {name: sum(line.split("/")[1] == name for line in names) for name in ("a", "b class", "c", "d")}
+    counts = {name: sum(line.split("/")[0] == name for line in names) for name in ("a", "b class", "c", "d")}
     assert counts == {"a": 10, "b class": 2, "c": 1, "d": 1}
     assert names == sorted(set(names))
     header = out.read_text().splitlines()[0]
     assert header == f"# 5 % of each class of {labelled}, split train, seed 0: 14 of 242 videos, 4 classes"
     videos = find_videos(labelled, ["d", "c", "b class", "a"], "train", out)
     assert [video.label for video in videos] == [3] * 10 + [2] * 2 + [1, 0]
-    assert [video.path.relative_to(labelled).as_posix() for video in videos] == names
+    assert [video.path.relative_to(labelled / "train").as_posix() for video in videos] == names
     assert "14 of 242 videos" in capsys.readouterr().out
+
+
+def test_subset_of_a_half_is_the_same_whether_it_is_named_by_split_or_by_folder(labelled, tmp_path):
+    by_split = draw(labelled, tmp_path / "1.txt", share=0.1)
+    write_subset(str(labelled / "train"), str(tmp_path / "2.txt"), share=0.1)
+    by_folder = [line for line in (tmp_path / "2.txt").read_text().splitlines() if not line.startswith("#")]
+    assert by_split == by_folder
+    for root, split in ((labelled, "train"), (labelled / "train", None), (labelled / "train", "val")):
+        assert len(find_videos(root, ["a", "b class", "c", "d"], split, tmp_path / "1.txt")) == len(by_split) > 20
 
 
 def test_subset_is_deterministic_in_its_seed(labelled, tmp_path):

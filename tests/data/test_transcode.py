@@ -39,7 +39,7 @@ def test_copies_keep_frames_and_folders(tmp_path, capsys):
     copies = [tmp_path / "out" / "val" / name for name in ("one/a.mp4", "two/b.mp4")]
     assert sorted((tmp_path / "out").rglob("*.*")) == sorted([*copies, tmp_path / "out" / ".transcode.json"])
     out = capsys.readouterr().out
-    assert "left out 1 unreadable video:" in out
+    assert "left out 1 unreadable file:" in out
     assert "bad.mp4: Invalid data" in out
     assert "2 of 3 videos, 2 of them made now" in out
     for video, copy, num_frames in zip((first, second), copies, (30, 17), strict=True):

@@ -24,14 +24,17 @@ import pytest
 import torch
 
 from extraction.compute import choose_device
-from extraction.data.clips import Clips
+from extraction.data.clips import Clips, report_broken
 from extraction.data.decoding import Unreadable, decode_clip, probe
 from extraction.data.demo import ACTIONS, SHAPES, create_clip, write_video
-from extraction.data.folders import Video
+from extraction.data.folders import Video, find_videos
 from extraction.errors import UserError
-from extraction.runs import Run
+from extraction.evaluation.results import format_table
+from extraction.experiment import refuse_other_checkout
+from extraction.runs import Run, require_form
 from extraction.victims import ledger
-from extraction.weights import read_checkpoint, read_state, save_weights
+from extraction.victims.zoo import load_victim
+from extraction.weights import read_checkpoint, read_metadata, read_state, save_weights
 from grey_box import swin_to_r21_kd
 
 ROOT = Path(__file__).parents[2]
@@ -192,6 +195,57 @@ def test_truncated_safetensors(tmp_path):
         read_state(path)
 
 
+@pytest.mark.parametrize(
+    "about",
+    [
+        [1, 2], "words", None, dict(classes="abc"), dict(classes=[]), dict(classes=[1]), dict(num_frames="16"), dict(size=0),
+        dict(num_frames=True), dict(stride=1.5), dict(student=5), dict(architecture=["swin"]), dict(num_queries="many"),
+    ],
+)  # fmt: skip
+def test_metadata_of_another_form_is_named(about, tmp_path, error_line):
+    path = tmp_path / "w.safetensors"
+    save_weights(path, {"a": torch.zeros(1)}, about)
+    assert error_line(read_metadata, path).startswith(f"{path}: what it says of its model is damaged")
+
+
+def test_a_victim_that_does_not_say_its_clip_is_named(tmp_path, error_line):
+    path = tmp_path / "victim.safetensors"
+    save_weights(path, {"a": torch.zeros(1)}, dict(architecture="swin_demo", classes=["a", "b"]))
+    message = error_line(load_victim, "trained", path)
+    assert message == f"{path}: does not say the frames and size of the clips that it was trained on; train it again"
+
+
+def test_names_that_command_a_terminal_are_escaped_where_they_are_printed(tmp_path, good, capsys, error_line):
+    odd = tmp_path / "odd \x1b]0;title\x07"
+    (odd / "a\u202eb").mkdir(parents=True)
+    (odd / "a\u202eb" / "one\ntwo.mp4").write_bytes(b"")
+    shutil.copy(good, odd / "a\u202eb" / "good.mp4")
+    for function in (lambda: find_videos(odd, ["b"]), lambda: find_videos(odd / "a\u202eb", ["b"]), lambda: read_state(odd)):
+        message = error_line(function)
+        assert message.isprintable()
+        assert r"odd \x1b]0;title\x07" in message
+    clips = Clips(find_videos(odd, ["a\u202eb"]), 8, size=32)
+    report_broken(clips.broken)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["left out 1 unreadable file:", rf"  {tmp_path}/odd \x1b]0;title\x07/a\u202eb/one\ntwo.mp4: empty file"]
+    assert format_table([["name", "n"], ["\x1b[2J", "1"]]).splitlines()[-1] == r"\x1b[2J  1"
+
+
+def test_a_script_of_another_checkout_than_the_package_says_so(tmp_path, error_line):
+    other = tmp_path / "other"
+    (other / "extraction").mkdir(parents=True)
+    (other / "extraction" / "__init__.py").touch()
+    (other / "grey_box").mkdir()
+    script = shutil.copy(ROOT / "grey_box" / "labels_only.py", other / "grey_box")
+    done = subprocess.run([sys.executable, script, "--demo"], capture_output=True, text=True, cwd=other)
+    line = f"labels_only.py: {script} is of another checkout than the package that Python finds, {ROOT}/extraction: "
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"{line}pip install -e {other}, or set PYTHONPATH={other}\n"
+    for mine in (ROOT / "eval_only.py", ROOT / "grey_box" / "labels_only.py", tmp_path / "copied.py", Path("eval_only.py")):
+        refuse_other_checkout(mine)
+    assert error_line(refuse_other_checkout, other / "eval_only.py").startswith(f"{other}/eval_only.py is of another checkout")
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*w.safetensors: folder .*nowhere is not there$"):
         save_weights(tmp_path / "nowhere" / "w.safetensors", {"a": torch.zeros(1)}, {})
@@ -281,6 +335,57 @@ def test_damaged_files_of_a_run_are_named_and_a_run_goes_on_without_them(
     assert swin_to_r21_kd.main(small)["num_queries"] == 36
 
 
+DAMAGES_INSIDE = {
+    "another student": lambda state: state.update(student={"weight": torch.zeros(3)}),
+    "a list of words": lambda state: state.update(recent=["low", "lower"]),
+    "a history of nothing": lambda state: state.update(history=[[]]),
+    "an optimiser's averages": lambda state: [v.update(exp_avg=torch.zeros(7)) for v in state["optimizer"]["state"].values()],
+    "no schedule": lambda state: state.update(schedule={}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES_INSIDE)
+def test_a_checkpoint_that_is_damaged_inside_is_named(damage, finished_run, small, error_line):
+    shutil.copytree(finished_run, small.out_dir)
+    path = Path(small.out_dir) / "state.pt"
+    state = read_checkpoint(path)
+    DAMAGES_INSIDE[damage](state)
+    torch.save(state, path)
+    message = error_line(swin_to_r21_kd.main, small)
+    assert message.startswith(f"{path}: its inside is not this run's (")
+    assert re.search(START_AGAIN, message), message
+
+
+@pytest.mark.parametrize(
+    ("kept", "fresh", "where"),
+    [
+        (dict(a=1), dict(a=1, b=2), "state"),
+        (dict(a="1"), dict(a=1), "state a"),
+        ([[1, 2], [3]], [[1, 2], [3, 4]], "state 1"),
+        (dict(w=torch.zeros(2)), dict(w=torch.zeros(3)), "state w"),
+        (dict(w=[0.0]), dict(w=torch.zeros(1)), "state w"),
+        (dict(name=3), dict(name="adam"), "state name"),
+    ],
+)
+def test_the_form_of_a_state_is_compared_to_its_leaves(kept, fresh, where):
+    with pytest.raises(ValueError, match=f"^{where} is of another form$"):
+        require_form(kept, fresh, "state")
+    require_form(fresh, fresh, "state")
+    require_form(dict(a=1, b=None, c=True), dict(a=0.5, b=None, c=None), "state")
+
+
+def test_a_smaller_budget_than_was_used_is_no_run_of_that_budget(finished_run, small, error_line):
+    """Neither the results of another budget, nor a run that cannot be."""
+    shutil.copytree(finished_run, small.out_dir)
+    less = replace(small, query_budget=19)
+    line = f"{small.out_dir}: its run has used 20 queries, --query-budget 19 is less; choose another --out-dir"
+    assert error_line(swin_to_r21_kd.main, less) == line
+    (Path(small.out_dir) / "results.json").unlink()
+    line = f"{small.out_dir}/ledger.sqlite counts 20 queries, --query-budget 19 is less; choose another --out-dir"
+    assert error_line(swin_to_r21_kd.main, less) == line
+    assert swin_to_r21_kd.main(replace(small, query_budget=20))["num_queries"] == 20
+
+
 def test_a_second_start_in_a_folder_ends_with_one_line_that_names_the_first(small, tmp_path):
     flags = {"in-domain": small.in_domain, "val": small.val, "out-dir": small.out_dir, "device": "cpu", "aux": ()}
     command = [sys.executable, str(ROOT / "grey_box" / "swin_to_r21_kd.py"), "--demo", "--epochs", "1"]
@@ -300,7 +405,9 @@ def test_a_second_start_in_a_folder_ends_with_one_line_that_names_the_first(smal
 
 KILLED_WITH_A_WORKER = """
 import multiprocessing, os, signal, sys, time
-from extraction.runs import Run
+from extraction.evaluation.results import format_table
+from extraction.experiment import refuse_other_checkout
+from extraction.runs import Run, require_form
 from grey_box.swin_to_r21_kd import Config
 with Run("swin_to_r21_kd", sys.argv[1], Config()).locked():
     worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))

@@ -17,9 +17,12 @@ def test_eval_teacher_scores_the_demo_victim(demo_set, tmp_path, capsys, monkeyp
     results = eval_teacher.main(config)
     assert results["top1"] > 0.9
     assert results["clips_per_second"] > 0
-    table = (tmp_path / "swin_b_k400.classes.csv").read_text().splitlines()
+    (path,) = tmp_path.glob(f"swin_b_k400.{demo_set.name}-*.classes.csv")
+    table = path.read_text().splitlines()
     assert (len(table), table[0]) == (13, "class,num_videos,top1,top5")
-    assert "24 videos of" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "24 videos of" in out
+    assert "on clips of 16x48x48; attacks send clips of their own size" in out
 
 
 def test_eval_teacher_stops_in_one_line_without_weights():
