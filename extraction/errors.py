@@ -33,7 +33,9 @@ def printable(name: object) -> str:
     Names of files, classes and victims come from others' archives. Letters of every script stay, and so do the two characters
     without width that some scripts join letters by.
     """
-    shown = (c if c.isprintable() or c in "\u200c\u200d" or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in str(name))
+    shown = (
+        c if c.isprintable() or c in "\u200c\u200d" or unicodedata.category(c) == "Zs" else ascii(c)[1:-1] for c in str(name)
+    )
     return "".join(shown)
 
 

@@ -137,7 +137,9 @@ def open_attack(config: Any, run: Run, *, exact: bool = False) -> Attack:
     victim = Ledger(path, open_interface, answers, decimals, exact, sources, shared)
     if not shared and budget is not None and victim.num_queries > budget:
         victim.close()
-        raise UserError(f"{path} counts {victim.num_queries} queries, --query-budget {budget} is less; choose another --out-dir")
+        raise UserError(
+            f"{path} counts {victim.num_queries} queries, --query-budget {budget} is less; choose another --out-dir"
+        )
     val = Clips(find_videos(config.val, victim.classes, "val", config.val_list), views=(1, 1), **config.shape)
     evaluator = Evaluator(
         val, victim.classes, compute.device, config.batch_size, config.num_workers, victim, load, config.min_victim_top1,
@@ -159,7 +161,9 @@ def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None
         try:
             refuse_other_checkout(Path(sys.modules[main.__module__].__file__ or ""))
             config = parse_options(config_class, default, doc)
-            if "OMP_NUM_THREADS" not in os.environ:  # threads beside the loader's workers, not against them: that halves the rate
+            if (
+                "OMP_NUM_THREADS" not in os.environ
+            ):  # threads beside the loader's workers, not against them: that halves the rate
                 threads = torch.get_num_threads()
                 torch.set_num_threads(max(1, threads - min(getattr(config, "num_workers", 0), threads // 2)))
             distributed.start(getattr(config, "device", "auto"))
@@ -186,11 +190,10 @@ def _end(status: int, line: str) -> NoReturn:
 
 
 def refuse_other_checkout(script: Path) -> None:
-    """Raise UserError for a script of another checkout than this package, which an editable install puts before the script's."""
+    """Raise UserError for a script of another checkout than this package: an editable install comes before the script's own."""
     roots = [folder for folder in script.resolve().parents[:2] if (folder / "extraction" / "__init__.py").is_file()]
     if roots and roots[0] != PROJECT.resolve():
         raise UserError(
             f"{script} is of another checkout than the package that Python finds, {PROJECT / 'extraction'}: "
             f"pip install -e {roots[0]}, or set PYTHONPATH={roots[0]}"
         )
-

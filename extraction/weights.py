@@ -73,7 +73,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable weight file, truncated perhaps ({_first_line(error)})") from None
     if not _is_whole(about):
-        raise UserError(f"{path}: what it says of its model is damaged (classes, frames or size); save it again, or take another")
+        raise UserError(
+            f"{path}: what it says of its model is damaged (classes, frames or size); save it again, or take another"
+        )
     return about
 
 

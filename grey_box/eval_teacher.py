@@ -118,7 +118,7 @@ def main(config: Config) -> dict:
     chance = 1 / len(victim.classes)
     shape = f"{clips.num_frames}x{clips.size}x{clips.size}"
     scores = f"top-1 {percent(results['top1'])} %, top-5 {percent(results['top5'])} % (chance {percent(chance)} %)"
-    print(f"{printable(name)}: {scores} on clips of {shape}; attacks send clips of their own size, on which it may score otherwise")
+    print(f"{printable(name)}: {scores} on clips of {shape}; attacks send clips of another size, on which scores differ")
     print(printable(f"{clips.num_videos} videos of {root}, {config.views} views each; per class: {table}"))
     print(f"{timed.clips_per_second:.1f} clips/s in the victim, {len(clips) / seconds:.1f} with decoding, on {compute.device}")
     report_broken(predictions.broken)

@@ -107,7 +107,9 @@ def find_videos(
     where, videos = group_videos(root, split, listing, known)
     unknown = [name for name in videos if known is not None and normalise_class(name) not in known]
     if unknown and classes is not None:
-        raise UserError(f"{where}: {_some(unknown)} not among the {len(classes)} classes of the model; move them or rename them")
+        raise UserError(
+            f"{where}: {_some(unknown)} not among the {len(classes)} classes of the model; move them or rename them"
+        )
     refuse_empty_classes(where, videos)
     return sorted(
         Video(path, -1 if known is None else known[normalise_class(name)]) for name, paths in videos.items() for path in paths

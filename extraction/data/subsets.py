@@ -75,7 +75,7 @@ def write_subset(
 
 
 def _name_below(path: Path, inner: Path, root: Path) -> str:
-    """A video's path below the folder of the class folders, so that `FOLDER --split val` and `FOLDER/val` draw and name alike."""
+    """A video's path below the class folders' own, so that `FOLDER --split val` and `FOLDER/val` draw and name alike."""
     return path.relative_to(inner if path.is_relative_to(inner) else root).as_posix()
 
 

@@ -53,7 +53,7 @@ def predict_videos(
 ) -> Predictions:
     """Run `model` (float (B, 3, T, H, W) in [0, 1] -> logits) over `clips` and average each video's probabilities.
 
-    For one clip a video, what is interrupted goes on: `keep(videos, probs)` is called after each batch, and a batch whose videos
+    With one clip a video, what is interrupted goes on: `keep(videos, probs)` is called after each batch, and one whose videos
     all have a row in `kept` (V, num_classes), zeros for the others, is not run again. Batches stay what they are, so that no
     bit depends on where it was interrupted.
     """

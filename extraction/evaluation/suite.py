@@ -152,7 +152,9 @@ def _score_unseen(folder: Path) -> None:
     shape = ClipShape(num_frames=about["num_frames"], stride=about["stride"], size=about["size"])
     clips = Clips(find_videos(write_unseen_set(), about["classes"], "val"), views=(1, 1), **shape)
     compute = choose_compute()
-    predictions = predict_videos(compute.prepare(student), clips, compute.device, desc=f"unseen videos, {printable(folder.name)}")
+    predictions = predict_videos(
+        compute.prepare(student), clips, compute.device, desc=f"unseen videos, {printable(folder.name)}"
+    )
     scores = dict(unseen_top1=score(predictions.probs, predictions.labels)["top1"], num_unseen_videos=clips.num_videos)
     write_atomically(folder / "unseen.json", lambda file: file.write(json.dumps(scores).encode()))
 

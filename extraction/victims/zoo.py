@@ -158,12 +158,14 @@ def _require_form(loaded: object, name: str) -> Loaded:
     """What a loader returned. Raises UserError when it is not a VideoModel and its classes."""
     match loaded:
         case (VideoModel() as model, [_, *_] as classes) if all(isinstance(own, str) for own in classes):
-            return model, classes
+            return model, list(map(str, classes))
         case (first, second):
             found = f"({type(first).__name__}, {type(second).__name__})"
         case _:
             found = type(loaded).__name__
-    raise UserError(f"victim {name!r}: its loader returned {found}, not (VideoModel, [class name, ...] in the order of the logits)")
+    raise UserError(
+        f"victim {name!r}: its loader returned {found}, not (VideoModel, [class name, ...] in the order of the logits)"
+    )
 
 
 def load_model(

@@ -22,7 +22,9 @@ def test_eval_only_checks_the_class_list_and_keeps_both_tables(demo_set, tmp_pat
     about = dict(student="r2plus1d_tiny", classes=classes, num_frames=8, stride=1, size=32)
     save_weights("student.safetensors", create_student("r2plus1d_tiny", 12).net.state_dict(), about)
     plain = eval_only.Config(**eval_only.DEMO | dict(weights="student.safetensors", num_workers=0, device="cpu"))
-    (tmp_path / "list.txt").write_text("\n".join(f"{own}/{path.name}" for own in classes for path in (demo_set / "val" / own).iterdir()))
+    (tmp_path / "list.txt").write_text(
+        "\n".join(f"{own}/{path.name}" for own in classes for path in (demo_set / "val" / own).iterdir())
+    )
     changes = (dict(), dict(unseen=True), dict(data_list="list.txt"), dict(views="1x3"), dict(num_frames=16))
     tables = []
     for change in changes:
@@ -31,11 +33,11 @@ def test_eval_only_checks_the_class_list_and_keeps_both_tables(demo_set, tmp_pat
     # Of the same clips the table is the same; each other one has its own name. (Here both folders are one, by a link.)
     assert [len(names) for names in tables] == [1, 1, 1, 2, 3]
     assert all(name.startswith(f"student.{demo_set.name}-") for name in tables[-1])
-    with pytest.raises(UserError, match="class 'juggling' not among the 12 classes of the model; move"):
-        (demo_set / "val" / "juggling").mkdir()
-        try:
+    (demo_set / "val" / "juggling").mkdir()
+    try:
+        with pytest.raises(UserError, match="class 'juggling' not among the 12 classes of the model; move"):
             eval_only.main(plain)
-        finally:
-            (demo_set / "val" / "juggling").rmdir()
+    finally:
+        (demo_set / "val" / "juggling").rmdir()
     with pytest.raises(UserError, match="--classes nothere: neither one of k400, k600 nor a file"):
         eval_only.main(dataclasses.replace(plain, classes="nothere"))

@@ -104,7 +104,9 @@ def test_without_a_query_a_ledger_is_tied_to_no_victim(tmp_path, clips):
     first.evaluator_answers([b"clip"], lambda *_: probs)
     first.close()
     same = open_ledger(path, "probs", decimals=2)  # the same victim through another query interface
-    torch.testing.assert_close(same.evaluator_answers([b"clip"], lambda *_: pytest.fail("it was kept")), probs, rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        same.evaluator_answers([b"clip"], lambda *_: pytest.fail("it was kept")), probs, rtol=1e-3, atol=0
+    )
     same.close()
     other = Ledger(path, lambda num_queries: load_victim("demo_movinet", num_queries=num_queries), "probs")
     other_probs = torch.eye(12)[:1]
@@ -252,7 +254,9 @@ def test_the_tool_counts_verifies_exports_and_merges(tmp_path, clips, capsys):
     with database:
         database.execute("UPDATE answers SET answer = substr(answer, 2) WHERE id = 1")
         database.execute("UPDATE about SET value = '4' WHERE name = 'num_queries'")
-    with pytest.raises(UserError, match=r"1 answers are not 24 bytes under a key of bytes; 5 answers but only 4 queries counted"):
+    with pytest.raises(
+        UserError, match=r"1 answers are not 24 bytes under a key of bytes; 5 answers but only 4 queries counted"
+    ):
         ledger_module.verify(str(first))
     open_ledger(tmp_path / "labels.sqlite", "label").query(clips, KEYS)
     with pytest.raises(UserError, match="differ in answers: probs and label"):
