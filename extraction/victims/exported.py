@@ -65,10 +65,10 @@ class GraphModel(nn.Module):
             return np.stack(list(pool.map(answer, clips)))
 
 
-def find_files(kind: str, file: Path, about: str | Path | None) -> list[Path]:
+def find_files(file: Path, about: str | Path | None) -> list[Path]:
     """What makes a model file's answers beside it: its JSON file, and an ONNX file's weights."""
     path = find_about(file, about)
-    return [*([] if path is None else [path]), *(onnx_model.find_data(file) if kind == "onnx" else [])]
+    return [*([] if path is None else [path]), *onnx_model.find_data(file)]
 
 
 def find_about(file: Path, about: str | Path | None) -> Path | None:
@@ -83,6 +83,8 @@ def _load(
     kind: Any, file: Path, classes: list[str] | None = None, about: str | Path | None = None
 ) -> tuple[VideoModel, list[str]]:
     """A TFLite or ONNX file with its classes: those given, else those that its JSON file says. Raises UserError."""
+    if not file.is_file():
+        raise UserError(f"{file}: is no file; give the model's own")
     kind.import_runtime()
     path = find_about(file, about)
     said = {} if path is None else read_about(path)

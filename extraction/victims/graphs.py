@@ -188,8 +188,8 @@ def _list_axes(shape: tuple[int | None, ...]) -> list[str]:
     fitting = []
     for order in _ORDERS.get(len(shape), ()):
         extents = dict(zip(order, shape, strict=True))
-        several = extents.get("N") in (None, 1) if "N" in order else extents["T"] not in (None, 1)
-        if several and extents["C"] == 3 and extents["H"] == extents["W"]:
+        batched = len(shape) == 5 or ("N" in order) == (shape[0] in (None, 1))  # of 4 axes the first is the batch or frames
+        if batched and extents["C"] == 3 and extents["H"] == extents["W"]:
             fitting.append(order)
     return fitting
 
@@ -277,7 +277,7 @@ def _match_states(states: list[Port], graph: Graph, about: dict[str, Any]) -> tu
         pairs = _pair(left, rest, outputs)
         if pairs is not None and ("output" in about or len(pairs) == len(rest)):
             ways.append((found | pairs, answer))
-    if len(ways) != 1 or len(set(ways[0][0].values()) | {ways[0][1]}) != len(states) + 1:
+    if len(ways) != 1 or len({*ways[0][0].values(), ways[0][1]}) != len(states) + 1:  # an output is fed back once
         if not states:
             raise UserError(
                 f'{where}: which output has the classes? Say "output" in its JSON file; there are {_show(outputs) or "none"}'
@@ -293,7 +293,7 @@ def _match_states(states: list[Port], graph: Graph, about: dict[str, Any]) -> tu
 def _pair(states: list[Port], free: list[int], outputs: list[Port]) -> dict[str, int] | None:
     """A free output for each state: the only one of its shape or, where several are alike, the one at its place."""
     fitting = [[number for number in free if _fits(port, outputs[number])] for port in states]
-    if all(len(numbers) == 1 for numbers in fitting):
+    if all(len(numbers) == 1 for numbers in fitting) and len({numbers[0] for numbers in fitting}) == len(states):
         return {port.name: numbers[0] for port, numbers in zip(states, fitting, strict=True)}
     if len(states) == len(free) and all(number in fits for number, fits in zip(free, fitting, strict=True)):
         return {port.name: number for port, number in zip(states, free, strict=True)}

@@ -34,6 +34,8 @@ def load_own(
     line, for whatever goes wrong in that file.
     """
     where = f"{file}:{function}"
+    if not Path(file).is_file():
+        raise UserError(f"{file}: not found; FILE.py:FUNCTION names a function of your own that makes the victim")
     create = getattr(_guard(file, file, lambda: _run_file(Path(file))), function, None)
     if not callable(create):
         raise UserError(f"{file}: has no function {function!r}")
@@ -98,10 +100,11 @@ def _run_file(file: Path) -> Any:
 
 
 def _choose_arguments(create: Callable, where: str, weights: Path | None) -> list[str]:
-    parameters = [p for p in inspect.signature(create).parameters.values() if p.kind != p.KEYWORD_ONLY]
+    parameters = [p for p in inspect.signature(create).parameters.values() if p.kind <= p.VAR_POSITIONAL]
+    needed = [p for p in parameters if p.default is p.empty and p.kind != p.VAR_POSITIONAL]
     if weights is not None and not parameters:
         raise UserError(f"{where}: takes no argument; leave --victim-weights away, or let it take the path")
-    if weights is None and parameters and parameters[0].default is parameters[0].empty and parameters[0].kind != 2:
+    if weights is None and needed:
         raise UserError(f"{where}: takes an argument; pass --victim-weights")
     return [] if weights is None else [str(weights)]
 

@@ -79,6 +79,7 @@ def _describe(detail: dict[str, Any], names: dict[int, str]) -> Port:
 def _make_runner(interpreter: Any, inputs: list[Port]) -> Run:
     places = dict(zip([port.name for port in inputs], interpreter.get_input_details(), strict=True))
     results = [detail["index"] for detail in interpreter.get_output_details()]
+    unchanged = {detail["index"]: name for name, detail in places.items()}  # an input that is an output too
     shapes = {name: tuple(detail["shape"]) for name, detail in places.items()}
 
     def run(feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -92,7 +93,7 @@ def _make_runner(interpreter: Any, inputs: list[Port]) -> Run:
             interpreter.set_tensor(places[name]["index"], values)
         interpreter.reset_all_variables()  # a graph may keep some: an answer depends on its clip alone
         interpreter.invoke()
-        return [interpreter.get_tensor(index) for index in results]
+        return [feeds[unchanged[i]] if i in unchanged else interpreter.get_tensor(i) for i in results]
 
     return run
 

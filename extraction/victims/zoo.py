@@ -6,6 +6,7 @@ unmetered, for scoring a victim against labels; no training code calls it.
 
 import hashlib
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
@@ -49,7 +50,7 @@ def _published_movinet(model_id: str, size: int) -> tuple[Callable[..., Loaded],
     return _loader("movinet.load_movinet", model_id, size), Path("weights") / f"movinet_{model_id}_base", source
 
 
-# name -> (loader of a weight file, its usual place, where it comes from; None: there is no file)
+# name -> (loader of a weight file, its usual place, where it comes from; None: it takes no such file)
 VICTIMS: dict[str, tuple[Callable[..., Loaded], Path | None, str | None]] = {
     "swin_t_k400": _published_swin("tiny"),
     "swin_s_k400": _published_swin("small"),
@@ -92,25 +93,27 @@ def add_victim(name: str, net: nn.Module, classes: Sequence[str], **clip: Any) -
     fit together.
     """
     if ":" in name or (name in VICTIMS and VICTIMS[name][2] is not None):
-        raise UserError(f"a victim of one's own cannot be called {name!r}: that is another's name")
+        raise UserError(f"a victim of your own cannot be called {name!r}, as others are")
     VICTIMS[name] = (own.keep_module(net, classes, clip, f"victim {name!r}"), None, None)
 
 
 def _is_own(name: str) -> bool:
-    return name.partition(":")[0].endswith(".py") and name not in VICTIMS
+    """Whether a name is `my_file.py:function`."""
+    file, _, function = name.partition(":")
+    return file.endswith(".py") and function != ""
 
 
 def _find_victim(name: str) -> tuple[Callable[..., Loaded], Path | None, str | None]:
     family, _, member = name.partition(":")
     if name in VICTIMS:
         return VICTIMS[name]
+    if _is_own(name):
+        return partial(own.load_own, family, member), None, "your own"
     if member and family in GRAPHS:
-        return GRAPHS[family], Path(member), "the file itself"
+        return GRAPHS[family], Path(member), None
     if member and family in FAMILIES:
         load, source = FAMILIES[family]
         return partial(load, member), None, source
-    if member and _is_own(name):
-        return partial(own.load_own, family, member), None, None
     known = [*VICTIMS, "torchvision:<name>", "mmaction2:<config file>", "pytorchvideo:<hub name>"]
     known += ["tflite:<file>", "onnx:<file>", "<file>.py:<function>"]
     raise UserError(f"no victim is called {name!r}; there are {', '.join(known)}")
@@ -122,25 +125,20 @@ def find_weights(name: str, weights: str | Path | None = None) -> Path | None:
     Raises UserError when there is no victim of that name, or no file: the line says which path and where to get it.
     """
     _, usual, source = _find_victim(name)
-    family, _, member = name.partition(":")
-    if weights is not None and (family in GRAPHS or (source is None and not _is_own(name))):
-        raise UserError(f"victim {name!r} is whole; leave --victim-weights away")
     if name.endswith("_tfhub") and "://" in str(weights):
         from extraction.victims import tfhub
 
         return tfhub.download(str(weights))
-    if family in GRAPHS or _is_own(name):
-        file = Path(member if family in GRAPHS else family)
-        if not file.is_file():
-            raise UserError(f"victim file {file} not found, or no file")
+    if source is None and weights:
+        raise UserError(f"victim {name!r} takes no weight file; leave --victim-weights away")
     path = Path(weights) if weights else usual
-    if path is None and source is None:
+    if path is None and (source is None or _is_own(name)):
         return None
     if path is None:
         raise UserError(f"victim {name!r} needs --victim-weights: a file from {source}")
     if not path.exists():
         instead = "" if name.startswith("demo_") else "; or try --demo"
-        raise UserError(f"victim weights {path} not found: {name} from {source} belongs there{instead}")
+        raise UserError(f"victim weights {path} not found: {name} from {source or 'it'} belongs there{instead}")
     return path
 
 
@@ -181,40 +179,37 @@ def load_model(
     """
     path = find_weights(name, weights)
     load = _find_victim(name)[0]
-    family = "" if name in VICTIMS else name.partition(":")[0]
+    named = None if classes is None else read_classes(classes)
     options: dict[str, Any] = {}
-    if classes is not None:
-        options["classes"] = read_classes(classes)
+    if name not in VICTIMS and named is not None:
+        options["classes"] = named
     if about is not None:
-        if family not in GRAPHS:
-            raise UserError(f"--victim-about is for {' and '.join(GRAPHS)} files; victim {name!r} knows its clips itself")
+        if name.partition(":")[0] not in GRAPHS:
+            raise UserError(f"--victim-about is for {' and '.join(GRAPHS)} files; {name} knows itself what its clips are")
         options["about"] = about
-    model, names = _require_form(load(path, **(options if family else {})), name)
-    if classes is not None and not family:  # the classes of another order, or in other words
-        check_classes(options["classes"], f"victim {name!r}", len(names))
-        names = options["classes"]
-    mark, others = _fingerprint(name, family, path, about, model)
+    model, names = _require_form(load(path, **options), name)
+    if name in VICTIMS and named is not None:  # in other words, or for weights of another class order
+        check_classes(named, f"victim {name!r}", len(names))
+        names = named
+    mark, others = _fingerprint(name, path, about, model)
     code = _read_code(load)
-    if ":" in name or code is not None or options or others:  # more than the weights makes these answers, and can be edited
+    if ":" in name or code is not None or named or others:  # more than the weights makes these answers, and it can be edited
         clip = [model.num_frames, model.size, model.mean.flatten().tolist(), model.std.flatten().tolist()]
-        seen = [names, clip, code or "", *others]
-        mark += "-" + hashlib.blake2b(repr(seen).encode(), digest_size=4).hexdigest()
+        mark += "-" + hashlib.blake2b(repr([names, clip, code or "", *others]).encode(), digest_size=4).hexdigest()
     return VictimModel(model, names, name, mark).to(device)
 
 
-def _fingerprint(
-    name: str, family: str, path: Path | None, about: str | Path | None, model: VideoModel
-) -> tuple[str, list[str]]:
+def _fingerprint(name: str, path: Path | None, about: str | Path | None, model: VideoModel) -> tuple[str, list[str]]:
     """The fingerprint of a victim's weights, and those of all else that makes its answers."""
-    if family in GRAPHS and path is not None:
+    family, kind = name.partition(":")[0], type(model.net)
+    if path is not None and family in GRAPHS:
         from extraction.victims import exported
 
-        return fingerprint(path), [fingerprint(file) for file in exported.find_files(family, path, about)]
+        return fingerprint(path), [fingerprint(file) for file in exported.find_files(path, about)]
     if path is not None and not _is_own(name):
         return fingerprint(path), []
-    kind = type(model.net)
-    code = fingerprint(Path(family)) if _is_own(name) else _read_code(kind) or ""
-    return fingerprint_state(model.state_dict()), [code, repr(model.net)]
+    code = fingerprint(family) if _is_own(name) else "" if kind.__module__.startswith("torch") else _read_code(kind)
+    return fingerprint_state(model.state_dict()), [code or "", re.sub(r" at 0x\w+", "", repr(model.net))]
 
 
 def load_victim(

@@ -187,6 +187,39 @@ def test_weight_files(tmp_path, write, read, line):
     assert "weights.pth" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "package", "line"),
+    [
+        ("tflite", "ai_edge_litert", "not a TFLite model that can be opened"),
+        ("onnx", "onnxruntime", "not an ONNX model that can be opened"),
+    ],
+)
+@pytest.mark.parametrize("content", [b"", random.Random(0).randbytes(50_000), b"see you later\n" * 100, None])
+def test_graph_files(tmp_path, kind, package, line, content):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[{kind}]'")
+    path = tmp_path / f"model.{kind}"
+    if content is None:
+        path.mkdir()
+        line = "is no file"
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=line) as caught:
+        load_victim(f"{kind}:{path}")
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_script_ends_with_one_line_for_a_file_that_is_no_model(tmp_path):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[onnx]'")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"\x08\x08" + random.Random(0).randbytes(1000))
+    command = [sys.executable, "grey_box/eval_teacher.py", "--victim", f"onnx:{path}", "--data", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"eval_teacher.py: {path}: not an ONNX model that can be opened")
+    assert done.stderr.count("\n") == 1
+
+
 def test_truncated_safetensors(tmp_path):
     path = tmp_path / "w.safetensors"
     save_weights(path, {"a": torch.zeros(1000)}, {})

@@ -25,6 +25,26 @@ def test_eval_teacher_scores_the_demo_victim(demo_set, tmp_path, capsys, monkeyp
     assert "on clips of 16x48x48; attacks send clips of their own size" in out
 
 
+OWN = """
+from extraction.victims.zoo import load_model
+
+
+def create():
+    demo = load_model("demo_swin")
+    return demo.model, [f"class {k}" for k in range(12)]
+"""
+
+
+def test_eval_teacher_scores_a_victim_of_ones_own_by_classes_of_ones_own(demo_set, tmp_path):
+    (tmp_path / "my_model.py").write_text(OWN)
+    (tmp_path / "names.txt").write_text("\n".join(zoo.load_model("demo_swin").classes))
+    options = dict(data=str(demo_set), stride=1, num_workers=0, device="cpu", out_dir=str(tmp_path))
+    victim = dict(victim=f"{tmp_path}/my_model.py:create", victim_classes=str(tmp_path / "names.txt"))
+    results = eval_teacher.main(eval_teacher.Config(**victim, **options))
+    assert results["top1"] > 0.9
+    assert (tmp_path / "my_model.classes.csv").is_file()
+
+
 def test_eval_teacher_stops_in_one_line_without_weights():
     done = subprocess.run(
         [sys.executable, "grey_box/eval_teacher.py", "--victim", "movinet"], cwd=ROOT, capture_output=True, text=True

@@ -8,6 +8,7 @@ import torch
 
 from extraction.errors import UserError
 from extraction.students import create_student, load_student, pruning
+from extraction.victims import zoo
 from extraction.weights import read_state, save_weights
 from grey_box import (
     swin_to_c3d,
@@ -149,3 +150,14 @@ def test_fine_tuning_goes_on_from_the_saved_weights_and_asks_nothing(dense, demo
     after = read_state(tmp_path / "student.safetensors")
     assert all(torch.equal(value, after[key]) for key, value in read_state(dense).items())
     assert json.loads((tmp_path / "results.json").read_text())["agreement_at_1"] >= 0
+
+
+def test_a_module_of_ones_own_is_attacked(demo_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "VICTIMS", dict(zoo.VICTIMS))
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool3d(2), torch.nn.Flatten(), torch.nn.Linear(24, 12))
+    zoo.add_victim("mine", net, sorted(path.name for path in (demo_set / "val").iterdir()), size=16)
+    options = dict(victim="mine", min_victim_top1=0, query_budget=20, batch_size=10)
+    results = swin_to_r21.main(small(swin_to_r21, demo_set, tmp_path, **options))
+    assert (results["victim"], results["num_queries"], results["stopped"]) == ("mine", 20, "query budget")
+    assert 0 <= results["agreement_at_1"] <= 1

@@ -125,6 +125,18 @@ def test_mmaction2_files_that_do_not_fit_get_one_line(load_error, mmaction, tmp_
     assert "config nowhere.py not found" in load_error("mmaction2:nowhere.py", path)
 
 
+def test_given_classes_come_before_the_checkpoints_and_size_the_head(mmaction, tmp_path, error_line, random_clips):
+    described = IN_3D | {"head": IN_3D["head"].replace("num_classes=7", "num_classes=3")}
+    _, name, path = write_recognizer(tmp_path, described, {"dataset_meta": {"classes": CLASSES[:3]}})
+    config = Path(name.partition(":")[2])
+    config.write_text(config.read_text().replace("num_classes=3", "num_classes=400"))  # as the published config has it
+    (tmp_path / "names.txt").write_text("run\nwalk\njump")
+    victim = load_victim(name, path, classes=tmp_path / "names.txt")
+    assert victim.classes == ("run", "walk", "jump")
+    assert victim.query(random_clips(1, 3, 8, 48, 48)).shape == (1, 3)
+    assert "of another shape (cls_head" in error_line(load_victim, name, path, classes="k600")
+
+
 def test_without_mmaction2_one_line_says_what_to_do(load_error, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mmengine.config", None)
     for name in ("config.py", "weights.pth"):

@@ -80,6 +80,18 @@ def test_pytorchvideo_names_and_files_that_do_not_fit_get_one_line(load_error, h
     assert "needs --victim-weights: a file from pytorchvideo's model zoo" in load_error("pytorchvideo:x3d_xs")
 
 
+def test_a_fine_tuned_model_has_classes_of_its_own(random_clips, hub, tmp_path):
+    torch.manual_seed(0)
+    net = hub.x3d_xs(pretrained=False, model_num_class=3).eval()
+    torch.save({"model_state": net.state_dict()}, tmp_path / "tuned.pyth")
+    (tmp_path / "names.txt").write_text("run\nwalk\njump")
+    clips = random_clips(1, 3, 4, 182, 182)
+    victim = load_victim("pytorchvideo:x3d_xs", tmp_path / "tuned.pyth", classes=tmp_path / "names.txt")
+    with torch.no_grad():
+        torch.testing.assert_close(victim.query(clips), net((clips - 0.45) / 0.225), atol=1e-5, rtol=1e-3)
+    assert victim.classes == ("run", "walk", "jump")
+
+
 def test_without_pytorchvideo_one_line_says_what_to_do(load_error, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorchvideo.models", None)
     (tmp_path / "weights.pyth").touch()
