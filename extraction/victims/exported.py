@@ -65,10 +65,10 @@ class GraphModel(nn.Module):
             return np.stack(list(pool.map(answer, clips)))
 
 
-def find_files(file: Path, about: str | Path | None) -> list[Path]:
+def find_files(kind: str, file: Path, about: str | Path | None) -> list[Path]:
     """What makes a model file's answers beside it: its JSON file, and an ONNX file's weights."""
     path = find_about(file, about)
-    return [*([] if path is None else [path]), *onnx_model.find_data(file)]
+    return [*([] if path is None else [path]), *(onnx_model.find_data(file) if kind == "onnx" else [])]
 
 
 def find_about(file: Path, about: str | Path | None) -> Path | None:

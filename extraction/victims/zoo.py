@@ -205,7 +205,7 @@ def _fingerprint(name: str, path: Path | None, about: str | Path | None, model: 
     if path is not None and family in GRAPHS:
         from extraction.victims import exported
 
-        return fingerprint(path), [fingerprint(file) for file in exported.find_files(path, about)]
+        return fingerprint(path), [fingerprint(file) for file in exported.find_files(family, path, about)]
     if path is not None and not _is_own(name):
         return fingerprint(path), []
     code = fingerprint(family) if _is_own(name) else "" if kind.__module__.startswith("torch") else _read_code(kind)

@@ -21,3 +21,4 @@ def test_the_notebook_runs():
     assert "3 of 6 queries used" in printed
     assert "query budget exhausted: 3 of 6 queries spent" in printed
     assert "student, swin_to_r21_kd" in printed
+    assert "40 queries of my own victim" in printed
