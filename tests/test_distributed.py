@@ -145,9 +145,13 @@ def test_a_budget_ends_a_data_free_attack_in_all_processes(demo_set, tmp_path):
     assert "44 of 45 queries used; run again with a larger --query-budget" in "".join(outputs)
 
 
-def test_bad_input_is_reported_once(kd_flags, tmp_path):
+def test_bad_input_is_reported_once(kd_flags, tmp_path, monkeypatch):
     outputs = finish(start(KD, tmp_path / "run", [*kd_flags, "--epochs", 0]), 1)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     outputs += finish(start(KD, tmp_path / "run", [*kd_flags, "--victim", "nobody"]), 1)
+    why = json.loads((tmp_path / "error.json").read_text())["message"]  # as torchrun reads it, and prints it last
+    assert why["extraInfo"]["py_callstack"].startswith("swin_to_r21_kd.py: no victim is called 'nobody'; there are")
+    assert int(why["extraInfo"]["timestamp"]) <= time.time()
     assert "Traceback" not in "".join(outputs)
     assert "".join(outputs[:2]).count("--epochs 0: it must be at least 1") in (1, 2)
     assert "".join(outputs[2:]).count("no victim is called 'nobody'") in (1, 2)

@@ -3,8 +3,9 @@
     python -m extraction.data.subsets datasets/kinetics400 --split train --share 0.05 --out kinetics400_5per.txt
 
 Every class gives the same share of its videos, to one video and at least one. Scripts take the list as `--in-domain-list`,
-`--val-list` or `--data-list`. Videos are ranked by a hash of the seed and their path, so that the same folder gives the
-same list on every machine, and a smaller share of the same seed is part of a larger one.
+`--val-list` or `--data-list`. Videos are ranked by a hash of the seed and their path below the folder of the class folders, so
+that the same folder gives the same list on every machine (also as `datasets/kinetics400/train`), and a smaller share of the
+same seed is part of a larger one.
 """
 
 import hashlib

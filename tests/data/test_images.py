@@ -117,7 +117,12 @@ def test_images_are_found_in_any_tree_and_bad_ones_are_listed(tmp_path):
     assert all(reason for _, reason in images.broken)
     read = {images.refs[k].path.name: images[k][1] for k in range(len(images))}
     assert set(read) == {"flat.png", "tall.JPG", "grey.bmp", "alpha.webp", "cut.png"}
-    assert isinstance(read.pop("cut.png"), str)  # its head is whole: found out when it is decoded
+    assert read.pop("cut.png").path == tmp_path / "cut.png"  # its head is whole: found out when it is decoded
+    layered = Images(tmp_path, None, 3, 32)
+    cut = [path.name for path, _ in layered.files].index("cut.png")
+    broken = [layered[k][1] for k, ref in enumerate(layered.refs) if cut in ref.pictures]
+    assert {found.path.name for found in broken} == {"cut.png"}  # and not the bottom picture's file
+    assert {ref.pictures.index(cut) for ref in layered.refs if cut in ref.pictures} > {0}
     for picture in read.values():
         assert picture.shape == (1, 32, 32, 3)
         assert picture.dtype == np.uint8

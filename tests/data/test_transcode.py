@@ -60,6 +60,27 @@ def test_copies_keep_frames_and_folders(tmp_path, capsys):
         transcode_folder(str(tmp_path / "in"), str(tmp_path / "out"))
 
 
+def test_copies_are_the_same_bytes_whatever_goes_on_beside_them(tmp_path):
+    for number in range(8):
+        side = (50, 64, 96)[number % 3]
+        draw = np.random.default_rng(number)
+        frames = draw.integers(0, 256, (12, side, 70, 3), np.uint8).repeat(2, 0)
+        (tmp_path / "in" / "a").mkdir(parents=True, exist_ok=True)
+        write_video(tmp_path / "in" / "a" / f"{number}.mp4", frames)
+    damaged = bytearray((tmp_path / "in" / "a" / "7.mp4").read_bytes())
+    damaged[len(damaged) // 2] ^= 255
+    (tmp_path / "in" / "a" / "damaged.mp4").write_bytes(damaged)
+    found = []
+    for number, workers in enumerate((1, 4, 4, 4)):
+        transcode_folder(str(tmp_path / "in"), str(tmp_path / f"out{number}"), short_side=32, workers=workers)
+        copies = sorted((tmp_path / f"out{number}").rglob("*.mp4"))
+        found.append({copy.name: copy.read_bytes() for copy in copies})
+    assert len(found[0]) == 9
+    assert found[1:] == found[:1] * 3
+    # x264 writes its settings into each file.
+    assert all(b" threads=1 lookahead_threads=1 " in content for content in found[1].values())
+
+
 def test_a_small_video_is_not_enlarged_and_colours_stay(tmp_path):
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(30000, 1001))

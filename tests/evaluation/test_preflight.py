@@ -1,5 +1,6 @@
 """The preflight: a victim that is set up wrongly is found before the first query."""
 
+import shutil
 import sqlite3
 from contextlib import closing
 
@@ -15,15 +16,20 @@ from extraction.victims.trained import create_network
 from extraction.victims.zoo import load_model, load_victim
 
 
-def open_evaluator(demo_set, folder, classes, open_model, **options) -> Evaluator:
+def open_evaluator(demo_set, folder, classes, open_model, batch_size=24, spoil=None, **options) -> Evaluator:
     folder.mkdir(exist_ok=True)
     clips = Clips(find_videos(demo_set, classes, "val"), views=(1, 1), num_frames=16, size=48)
+    content = spoil and spoil.read_bytes()
+    if spoil:  # once it was looked at
+        spoil.write_bytes(b"no video any more")
     ledger = Ledger(folder / "ledger.sqlite", lambda num_queries: load_victim("demo_swin", num_queries=num_queries), "probs")
     try:
-        return Evaluator(clips, classes, torch.device("cpu"), 24, 0, ledger, open_model, **options)
+        return Evaluator(clips, classes, torch.device("cpu"), batch_size, 0, ledger, open_model, **options)
     finally:
         assert ledger.num_queries == 0
         ledger.close()
+        if spoil:
+            spoil.write_bytes(content)
 
 
 def test_preflight_passes_the_right_victim(demo_set, tmp_path):
@@ -64,6 +70,52 @@ def test_the_least_that_passes(num_classes, least):
     check_victim({"top1": 0.0}, num_classes, 0)
     with pytest.raises(UserError):
         check_victim({"top1": 0.79}, num_classes, 0.8)
+
+
+@pytest.mark.parametrize("asked", [0, 1, 3, 4])
+def test_an_interrupted_scoring_of_the_victim_goes_on(demo_set, tmp_path, asked):
+    """Ctrl-C after `asked` of five batches of 5 videos, one of which cannot be decoded: only the others are asked for again."""
+    model, left, seen = load_model("demo_swin"), [asked], []
+
+    def interruptible(clips):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        seen.append(len(clips))
+        return model(clips)
+
+    val = tmp_path / "val"
+    shutil.copytree(demo_set / "val", val)
+    first = sorted(val.rglob("*.mp4"))[0]
+    whole = open_evaluator(val, tmp_path / "whole", model.classes, lambda: model, batch_size=5, spoil=first)
+    with pytest.raises(KeyboardInterrupt):
+        open_evaluator(val, tmp_path / "run", model.classes, lambda: interruptible, batch_size=5, spoil=first)
+    left[0] = 10
+    evaluator = open_evaluator(val, tmp_path / "run", model.classes, lambda: interruptible, batch_size=5, spoil=first)
+    again = 1 if asked else 0  # the batch of the broken video, which has no answer, comes again
+    assert seen == [4, 5, 5, 5, 4][:asked] + [4][:again] + [4, 5, 5, 5, 4][asked:]
+    assert torch.equal(evaluator.victim_probs, whole.victim_probs)
+    assert evaluator.victim_scores == whole.victim_scores
+    assert (evaluator.victim_probs.sum(1) == 0).sum() == 1
+    left[0] = 0
+    kept = open_evaluator(val, tmp_path / "run", model.classes, lambda: interruptible, batch_size=5, spoil=first)
+    assert torch.equal(kept.victim_probs, whole.victim_probs)
+
+
+def test_what_the_preflight_cannot_tell_is_said(demo_set, tmp_path, capsys):
+    model = load_model("demo_swin")
+    for label in model.classes[:10]:
+        shutil.copytree(demo_set / "val" / label, tmp_path / "few" / label)
+    open_evaluator(tmp_path / "few", tmp_path / "ledger", model.classes, lambda: model)
+    assert capsys.readouterr().out.splitlines() == [
+        "2 of the victim's 12 classes have no held-out video; chance is that of all classes"
+    ]
+    shutil.rmtree(tmp_path / "few" / model.classes[0])
+    open_evaluator(tmp_path / "few", tmp_path / "ledger", model.classes, lambda: model)
+    assert capsys.readouterr().out.splitlines() == [
+        "no preflight: 18 held-out videos are too few to tell a wrong victim (20 are not)",
+        "3 of the victim's 12 classes have no held-out video; chance is that of all classes",
+    ]
 
 
 WRONG_SCALES = {

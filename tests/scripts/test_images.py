@@ -48,10 +48,13 @@ def test_stacked_images_stop_one_clip_short_and_list_bad_images(demo_set, images
         views_per_clip=None, query_budget=37,
     )  # fmt: skip
     stacked_images_with_swin.main(config)
-    assert "query budget exhausted: 37 of 37 queries used" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "query budget exhausted: 37 of 37 queries used" in out
+    assert out.count("0003.png") == 1
+    assert "left out 1 unreadable file:" in out
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["num_queries"], results["stopped"], results["history"][-1]["epoch"]) == (37, "query budget", 2)
-    assert {Path(path).name for path, _ in results["broken"]} == {"0003.png"}
+    assert [Path(path).name for path, _ in results["broken"]] == ["0003.png"]
     whole = stacked_images_with_swin.main(dataclasses.replace(config, query_budget=None))
     assert whole["num_queries"] == 38  # 19 readable images, two epochs
 
