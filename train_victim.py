@@ -15,7 +15,7 @@ import torch
 
 from extraction import options
 from extraction.attacks.distill import Training
-from extraction.attacks.losses import cross_entropy
+from extraction.attacks.losses import cross_entropy, kl_divergence
 from extraction.compute import choose_device
 from extraction.data.augment import Augmentation
 from extraction.data.clips import Clips, ClipShape, report_broken
@@ -28,7 +28,7 @@ from extraction.evaluation.results import percent
 from extraction.evaluation.scoring import Evaluator
 from extraction.experiment import run_script
 from extraction.runs import Run
-from extraction.victims.trained import create_network, find_head, learned_weights, load_body, parameter_groups
+from extraction.victims.trained import create_network, find_head, learned_weights, load_body, load_trained, parameter_groups
 from extraction.weights import save_weights
 
 
@@ -45,7 +45,7 @@ class Config:
     architecture: str = "swin_demo"
     """The victim's network: swin_demo, swin_t, swin_s, swin_b, movinet_demo, movinet_a0, ..., or any student's name."""
     weights: str | None = None
-    """Weights to start from, all but the head: a published file, an earlier victim's, or imagenet for efficientnet_lite0."""
+    """Weight file to start from, all but the head: published, or an earlier victim's; imagenet for efficientnet_lite0."""
     num_frames: options.Count = 16
     """Frames of a clip."""
     stride: options.Count = 1
@@ -54,6 +54,8 @@ class Config:
     """Frames from the start of a clip to the start of the next."""
     size: options.Count = 48
     """Height and width of a clip, in pixels."""
+    teacher: str | None = None
+    """A trained victim of the same classes, whose probabilities are learnt beside the labels (distillation)."""
     epochs: options.Count = 60
     """Passes over all clips."""
     batch_size: options.Count = 64
@@ -93,8 +95,9 @@ def main(config: Config) -> dict:
     options.check_options(config)
     if config.demo:
         write_demo_set("datasets/demo", {"train": 2500, "val": 20})
-    if config.weights not in (None, "imagenet") and not Path(config.weights).exists():
-        raise UserError(f"weights {config.weights} not found: --weights names a file to start from")
+    for flag, file in (("weights", config.weights), ("teacher", config.teacher)):
+        if file not in (None, "imagenet") and not Path(file).exists():
+            raise UserError(f"--{flag} {file} not found")
     find_head(config.architecture)  # refuses an unknown one
     device = choose_device(config.device)
     root = require_folder(config.data, "a folder of class folders of videos")
@@ -114,6 +117,7 @@ def train(config: Config, run: Run, root: Path, val_root: Path, device: torch.de
     if config.weights is not None:
         load_body(model, config.architecture, config.weights)
     model.to(device)
+    teacher = None if config.teacher is None else load_teacher(config.teacher, classes).to(device)
     shape = ClipShape(num_frames=config.num_frames, stride=config.stride, size=config.size)
     clips = Clips(find_videos(root, classes, "train", config.data_list), clip_interval=config.clip_interval, **shape)
     queries = QuerySet(clips, Augmentation(config.hflip, config.brightness, config.rotation), seed=config.seed)
@@ -128,7 +132,10 @@ def train(config: Config, run: Run, root: Path, val_root: Path, device: torch.de
         max_grad_norm=1.0,
     )  # fmt: skip
     for batch in training:
-        loss = cross_entropy(training.forward(batch.clips), batch.labels)
+        logits = training.forward(batch.clips)
+        loss = cross_entropy(logits, batch.labels)
+        if teacher is not None:
+            loss = loss + kl_divergence(logits, teacher(batch.clips).softmax(1))
         training.step(loss)
     about = dict(architecture=config.architecture, classes=classes, **shape)
     save_weights(run.folder / "victim.safetensors", learned_weights(model), about)
@@ -139,6 +146,14 @@ def train(config: Config, run: Run, root: Path, val_root: Path, device: torch.de
     print(f"top-1 {percent(results['top1'])} % on {len(val)} held-out videos: {printable(run.folder / 'victim.safetensors')}")
     report_broken([*training.broken, *evaluator.broken])
     return results
+
+
+def load_teacher(weights: str, classes: list[str]) -> torch.nn.Module:
+    """A trained victim to learn from, in evaluation mode. Raises UserError when its classes are others."""
+    teacher, known = load_trained(Path(weights))
+    if known != classes:
+        raise UserError(f"--teacher {weights}: it knows {len(known)} other classes than the {len(classes)} of --data")
+    return teacher.eval().requires_grad_(False)
 
 
 if __name__ == "__main__":
