@@ -65,7 +65,9 @@ def test_plain_names_are_drawn_as_they_always_were(tmp_path):
 def test_a_font_of_the_system_is_used_where_the_default_has_no_letter(tmp_path, monkeypatch, capsys):
     """U+10330, Gothic, which a font that stands for the system's is said to draw."""
     path = next(font.fname for font in font_manager.fontManager.ttflist if font.name == "DejaVu Serif")
-    system = FontEntry(fname=path, name="A Gothic Font", style="normal", variant="normal", weight=400, stretch="normal", size="scalable")
+    system = FontEntry(
+        fname=path, name="A Gothic Font", style="normal", variant="normal", weight=400, stretch="normal", size="scalable"
+    )
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [*font_manager.fontManager.ttflist, system])
     read = plots._read_charmap
     monkeypatch.setattr(plots, "_read_charmap", lambda name: read(name) | ({0x10330} if name == path else set()))
