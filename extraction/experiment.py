@@ -25,6 +25,7 @@ from extraction.runs import Run
 from extraction.students import find_weights, require_student
 from extraction.victims.ledger import Ledger
 from extraction.victims.query_interface import Victim, VictimModel
+from extraction.victims.record import Record
 from extraction.victims.zoo import load_model
 
 PROJECT = Path(__file__).parents[1]
@@ -118,9 +119,10 @@ def open_attack(config: Any, run: Run, *, exact: bool = False) -> Attack:
 
     @functools.cache
     def load() -> VictimModel:  # once, for the query interface and for the evaluator's own answers
-        return compute.prepare(
-            load_model(config.victim, config.victim_weights, classes=config.victim_classes, about=config.victim_about)
-        )
+        bare = load_model(config.victim, config.victim_weights, classes=config.victim_classes, about=config.victim_about)
+        if config.victim_record is not None:
+            bare.record = Record(config.victim_record, bare.fingerprint)
+        return compute.prepare(bare)
 
     if isinstance(config, VictimOptions):
         answers, budget, decimals = config.answers, config.query_budget, config.decimals

@@ -107,6 +107,8 @@ class ScoredVictimOptions:
     """The victim's class names in the order of its logits: k400, k600 or a text file with one a line; by default its own."""
     victim_about: str | None = None
     """JSON file that says how a tflite: or onnx: victim takes clips; by default FILE.json beside it, if there."""
+    victim_record: str | None = None
+    """File where the victim's owner keeps logits by clip, for sweeps: a known clip is a query, but is not computed again."""
     min_victim_top1: float | None = None
     """Stop before the first query unless the victim's top-1 on --val is at least this fraction; default 3 x chance, 0: off."""
 

@@ -21,7 +21,7 @@ from extraction.errors import UserError
 from extraction.weights import read_checkpoint, write_atomically
 
 # Constants that may differ when a run is resumed: they change how fast it goes, not what comes out.
-_FREE = {"device", "compile", "num_workers", "checkpoint_seconds", "out_dir", "answers_from"}
+_FREE = {"device", "compile", "num_workers", "checkpoint_seconds", "out_dir", "answers_from", "victim_record"}
 
 
 class Run:
