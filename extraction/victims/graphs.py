@@ -422,7 +422,7 @@ def try_file(open_graph: Callable[[Path], Graph]) -> None:
         found: Any = try_graph(graph, plan_graph(graph, json.load(sys.stdin)))._asdict()
     except UserError as error:
         found = {"error": str(error)}
-    except MemoryError:
-        found = {"error": f"{sys.argv[1]}: asks for more memory than there is; damaged perhaps"}
+    except Exception as error:  # a damaged file: anything can come out of what it describes
+        found = {"error": f"{sys.argv[1]}: cannot be tried ({type(error).__name__}: {first_line(error)}); damaged perhaps"}
     print(json.dumps(found), flush=True)
     os._exit(0)  # without the native library's own clearing away

@@ -24,9 +24,12 @@ def import_runtime() -> Any:
 def open_graph(path: Path) -> Graph:
     """Open a TFLite file. Raises UserError, in one line, when it is none, or needs operators that are not built in."""
     interpreter = _open_interpreter(path)
-    names = _find_signature_names(interpreter)
-    inputs = [_describe(detail, names[0]) for detail in interpreter.get_input_details()]
-    outputs = [_describe(detail, names[1]) for detail in interpreter.get_output_details()]
+    try:
+        names = _find_signature_names(interpreter)
+        inputs = [_describe(detail, names[0]) for detail in interpreter.get_input_details()]
+        outputs = [_describe(detail, names[1]) for detail in interpreter.get_output_details()]
+    except (ValueError, TypeError, KeyError) as error:  # such as a name that is not UTF-8
+        raise UserError(f"{path}: its inputs and outputs are damaged ({first_line(error)})") from None
     return Graph(path, inputs, outputs, lambda: _make_runner(_open_interpreter(path), inputs))
 
 

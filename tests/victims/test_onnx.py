@@ -57,8 +57,9 @@ def write_plain(write_onnx) -> Callable[..., Path]:
             ("MatMul", ["mean", "head"], "logits", {}),
             *ending,
         ]
-        inputs, outputs = [("video", "FLOAT", ["n", 3, 3, "h", "w"])], [("answer", "FLOAT", ["n", 5])]
-        return write_onnx(path, nodes, inputs, outputs, {"ramp": RAMP.reshape(1, 3, 1, 1, 1), "head": HEAD}, **save)
+        inputs, outputs = [("video", "FLOAT", ["n", 3, 3, "h", "w"])], [("answer", "FLOAT", None)]
+        constants = {"ramp": RAMP.reshape(1, 3, 1, 1, 1), "head": HEAD, "million": np.array([10**6, 10**6], np.int64)}
+        return write_onnx(path, nodes, inputs, outputs, constants, **save)
 
     return write
 
@@ -158,12 +159,23 @@ def test_weights_beside_the_file_are_read_from_there_alone_and_are_part_of_the_f
     assert "weights of it are in '../outside/data'" in load_error(f"onnx:{path}")
 
 
+HUGE = [  # asks for 4 TB
+    ("Shape", ["logits"], "sides", {}),
+    ("Mul", ["sides", "million"], "dims", {}),
+    ("ConstantOfShape", ["dims"], "zeros", {}),
+    ("ReduceMax", ["zeros"], "zero", dict(keepdims=0)),
+    ("Add", ["logits", "zero"], "answer", {}),
+]
+
+
 @pytest.mark.parametrize(
     ("ending", "line"),
     [
         ([("Mystery", ["logits"], "answer", dict(domain="elsewhere"))], "not an ONNX model that can be opened"),
         ([("RandomNormalLike", ["logits"], "answer", {})], "answers the same clip differently each time"),
         ([("Sub", ["logits", "logits"], "zero", {}), ("Div", ["logits", "zero"], "answer", {})], "not finite numbers"),
+        (HUGE, "cannot answer a clip of 1x3x3x8x8 ("),
+        ([("ReduceMean", ["logits"], "answer", dict(keepdims=0))], 'not a row of classes; is "output" another?'),
     ],
 )
 def test_graphs_that_are_no_victims_get_one_line(write_plain, tmp_path, load_error, ending, line):
