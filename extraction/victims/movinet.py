@@ -12,9 +12,10 @@ import copy
 import os
 import re
 import zipfile
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -128,8 +129,16 @@ class ConvNorm(nn.Module):
         return self.norm(x).unflatten(0, (batch, -1))
 
 
+def halve(x: Tensor) -> Tensor:
+    """SAME 3x3 average of real pixels at stride 2: (B, T, C, H, W) -> (B, T, C, H/2, W/2), rounded up."""
+    # SAME at stride 2 pads (0, 1) on an even axis: what ceil_mode leaves over; and (1, 1) on an odd one.
+    padding = (x.shape[3] % 2, x.shape[4] % 2)
+    frames = F.avg_pool2d(x.flatten(0, 1), 3, 2, padding, ceil_mode=True, count_include_pad=False)
+    return frames.unflatten(0, x.shape[:2])
+
+
 class Skip(nn.Module):
-    """The way around a block that changes shape: SAME 3x3 average of real pixels (strided only), 1x1 convolution."""
+    """The way around a block that changes shape: average of pixels (strided only), 1x1 convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -137,12 +146,7 @@ class Skip(nn.Module):
         self.project = ConvNorm(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.stride > 1:
-            # SAME at stride 2 pads (0, 1) on an even axis: what ceil_mode leaves over; and (1, 1) on an odd one.
-            padding = (x.shape[3] % 2, x.shape[4] % 2)
-            frames = F.avg_pool2d(x.flatten(0, 1), 3, 2, padding, ceil_mode=True, count_include_pad=False)
-            x = frames.unflatten(0, x.shape[:2])
-        return self.project(x)
+        return self.project(halve(x) if self.stride > 1 else x)
 
 
 class SqueezeExcite(nn.Module):
@@ -181,6 +185,23 @@ class Block(nn.Module):
         return self.skip(x) + ops.stochastic_depth(branch, self.drop_rate, "row", self.training)
 
 
+def create_blocks(model_id: str, create: Callable[..., nn.Module], stochastic_depth: float = 0.0) -> nn.Sequential:
+    """The groups of blocks of an architecture: `create` makes each, of the arguments of `Block`."""
+    channels, groups, _, _ = MODELS[model_id]
+    num_blocks = sum(len(blocks) for _, _, blocks in groups)
+    drop_rates = iter(stochastic_depth * (i + 1) / num_blocks for i in range(num_blocks))
+    created = nn.Sequential()
+    for out_channels, stride, blocks in groups:
+        widths = [channels] + [out_channels] * len(blocks)
+        strides = [stride] + [1] * (len(blocks) - 1)
+        created.append(nn.Sequential(*(
+            create(c_in, expanded, c_out, kernel, s, next(drop_rates))
+            for (c_in, c_out), (expanded, kernel), s in zip(pairwise(widths), blocks, strides, strict=True)
+        )))  # fmt: skip
+        channels = out_channels
+    return created
+
+
 class MoViNet(nn.Module):
     """Clips, float (B, 3, T, H, W) RGB in [0, 1], any T, H, W -> logits (B, num_classes).
 
@@ -188,6 +209,8 @@ class MoViNet(nn.Module):
     frames a second; A0 and A1 on 172x172. The last three arguments act in training only, with the authors' values;
     a training of a few hundred steps wants a `norm_momentum` of 0.1, or its running statistics lag behind.
     """
+
+    block: type[Block] = Block
 
     def __init__(
         self,
@@ -200,18 +223,8 @@ class MoViNet(nn.Module):
         super().__init__()
         channels, groups, head, hidden = MODELS[model_id]
         self.stem = ConvNorm(3, channels, K13, stride=2)
-        num_blocks = sum(len(blocks) for _, _, blocks in groups)
-        drop_rates = iter(stochastic_depth * (i + 1) / num_blocks for i in range(num_blocks))
-        self.blocks = nn.Sequential()
-        for out_channels, stride, blocks in groups:
-            widths = [channels] + [out_channels] * len(blocks)
-            strides = [stride] + [1] * (len(blocks) - 1)
-            self.blocks.append(nn.Sequential(*(
-                Block(c_in, expanded, c_out, kernel, s, next(drop_rates))
-                for (c_in, c_out), (expanded, kernel), s in zip(pairwise(widths), blocks, strides, strict=True)
-            )))  # fmt: skip
-            channels = out_channels
-        self.head = ConvNorm(channels, head)
+        self.blocks = create_blocks(model_id, self.block, stochastic_depth)
+        self.head = ConvNorm(groups[-1][0], head)
         self.hidden = nn.Linear(head, hidden)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(hidden, num_classes)
@@ -230,7 +243,7 @@ class MoViNet(nn.Module):
         x = swish(self.head(x)).mean((1, 3, 4))
         return self.classifier(self.dropout(swish(self.hidden(x))))
 
-    def fuse(self) -> "MoViNet":
+    def fuse(self) -> Self:
         """A frozen copy that answers faster: batch norms and block scales folded into the convolutions before them.
 
         Its logits are this model's in eval mode, to float32 rounding. It cannot be trained, and its state dict is
@@ -297,43 +310,73 @@ def load_movinet_state(path: str | Path, model_id: str = "a2") -> dict[str, Tens
     """
     if model_id not in MODELS:
         raise UserError(f"no MoViNet is called {model_id!r}; there are {', '.join(MODELS)}")
-    path = Path(path)
+    state = read_by_our_names(Path(path), KERAS_NAMES)
+    return fit_state(MoViNet, state, path, model_id, f"MoViNet-{model_id.upper()} Base")
+
+
+def read_by_our_names(path: Path, keras_names: list[tuple[str, str]]) -> dict[str, Tensor]:
+    """The tensors of a file of any format above, float32, by our names, with PyTorch's order of axes. Raises UserError."""
     prefix = _tensorflow_prefix(path)
     if prefix or path.suffix == ".npz":
         arrays = _read_tensorflow(path, prefix) if prefix else _read_npz(path)
-        # TensorFlow keeps (T, H, W, in, out); depthwise kernels (T, H, W, 1, channels).
-        tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-        tensors = {name: t.permute(4, 3, 0, 1, 2) if t.ndim == 5 else t for name, t in tensors.items()}
-        names = KERAS_NAMES
+        tensors = {name: _order_axes(name, torch.from_numpy(np.array(array))) for name, array in arrays.items()}
+        names = keras_names
     else:
         tensors, names = read_state(path), COMMUNITY_NAMES
     state = {_rename(name, names): tensor.float() for name, tensor in tensors.items()}
     if len(state) < len(tensors):
         raise UserError(f"{path}: {len(tensors) - len(state)} weights are there twice, by two names; keep one set")
+    return state
 
+
+def fit_state(
+    create: Callable[..., nn.Module], state: dict[str, Tensor], path: str | Path, model_id: str, wanted: str
+) -> dict[str, Tensor]:
+    """The state dict of `create(model_id, num_classes)` with these tensors, whose kernels may have axes of 1 too many.
+
+    Raises UserError, in one line, if they are not its weights: `wanted` is what the line calls it.
+    """
     with torch.random.fork_rng(devices=[]):  # what is drawn here is replaced: leave the caller's seed alone
-        model = MoViNet(model_id, len(state.get("classifier.weight", range(600))))
-    for key, wanted in model.state_dict().items():
+        model = create(model_id, len(state.get("classifier.weight", range(600))))
+    for key, own in model.state_dict().items():
         if key.endswith("num_batches_tracked"):  # a count PyTorch keeps and TensorFlow does not
             state.setdefault(key, torch.zeros(()))
-        while key in state and state[key].ndim > max(wanted.ndim, 2) and state[key].shape[2] == 1:
-            state[key] = state[key].squeeze(2)  # others keep every kernel in 3D
+        if key in state and _without_ones(state[key]) == _without_ones(own):
+            state[key] = state[key].reshape(own.shape)  # others keep every kernel in 3D
     try:
-        load_strictly(model, state, path, f"MoViNet-{model_id.upper()} Base")
+        load_strictly(model, state, path, wanted)
     except UserError as stop:
         raise UserError(f"{stop}; get the file again, or give the model_id it belongs to ({', '.join(MODELS)})") from None
     return model.state_dict()
 
 
+def name_classes(state: dict[str, Tensor], path: Path, name: str) -> list[str]:
+    """The classes of Kinetics-600. Raises UserError when the head has not as many."""
+    classes, found = kinetics600_classes(), len(state["classifier.weight"])
+    if found != len(classes):
+        raise UserError(f"{path}: the head has {found} classes, {name} has {len(classes)}")
+    return classes
+
+
 def load_movinet(model_id: str, size: int, weights: Path) -> tuple[VideoModel, list[str]]:
     """A published Kinetics-600 model of 50 frames of `size` pixels a side, in whatever file format."""
-    state, classes = load_movinet_state(weights, model_id), kinetics600_classes()
-    found = len(state["classifier.weight"])
-    if found != len(classes):
-        raise UserError(f"{weights}: the head has {found} classes, movinet_{model_id}_k600 has {len(classes)}")
+    state = load_movinet_state(weights, model_id)
+    classes = name_classes(state, weights, f"movinet_{model_id}_k600")
     net = MoViNet(model_id, len(classes))
     net.load_state_dict(state)
     return VideoModel(net.fuse(), 50, size), classes
+
+
+def _without_ones(tensor: Tensor) -> list[int]:
+    return [side for side in tensor.shape if side > 1]
+
+
+def _order_axes(name: str, tensor: Tensor) -> Tensor:
+    """TensorFlow keeps ([T,] H, W, in, out); depthwise kernels (T, H, W, 1, channels), but of 2D layers (H, W, channels, 1)."""
+    if tensor.ndim < 4:
+        return tensor
+    first = (-2, -1) if "depthwise_kernel" in name else (-1, -2)
+    return tensor.permute(*first, *range(tensor.ndim - 2))
 
 
 def _rename(name: str, names: list[tuple[str, str]]) -> str:

@@ -41,13 +41,12 @@ def _published_swin(size: str) -> tuple[Callable[..., Loaded], Path, str]:
     return _loader("swin.load_swin", f"swin_{size[0]}"), Path("weights") / name, f"{_SWIN_URL}/{name}"
 
 
-# What the published MoViNets were trained on: 50 frames, and pixels a side.
-_MOVINETS = {"movinet_a0_k600": 172, "movinet_a1_k600": 172, "movinet_a2_k600": 224}
+# What the published MoViNets were trained on: 50 frames, and pixels a side. Base models take as many, stream models any number.
+_MOVINETS = {"a0": 172, "a1": 172, "a2": 224}
 
 
-def _published_movinet(model_id: str, size: int) -> tuple[Callable[..., Loaded], Path, str]:
-    source = f"{_MOVINET_URL}/movinet_{model_id}_base.tar.gz (unpacked)"
-    return _loader("movinet.load_movinet", model_id, size), Path("weights") / f"movinet_{model_id}_base", source
+def _published_movinet(load: str, name: str, size: int) -> tuple[Callable[..., Loaded], Path, str]:
+    return _loader(load, name[8:10], size), Path("weights") / name, f"{_MOVINET_URL}/{name}.tar.gz (unpacked)"
 
 
 # name -> (loader of a weight file, its usual place, where it comes from; None: it takes no such file)
@@ -55,7 +54,14 @@ VICTIMS: dict[str, tuple[Callable[..., Loaded], Path | None, str | None]] = {
     "swin_t_k400": _published_swin("tiny"),
     "swin_s_k400": _published_swin("small"),
     "swin_b_k400": _published_swin("base"),
-    **{name: _published_movinet(name[8:10], size) for name, size in _MOVINETS.items()},
+    **{
+        f"movinet_{model_id}_k600": _published_movinet("movinet.load_movinet", f"movinet_{model_id}_base", size)
+        for model_id, size in _MOVINETS.items()
+    },
+    **{
+        f"movinet_{model_id}_stream_k600": _published_movinet("movinet_stream.load_stream", f"movinet_{model_id}_stream", size)
+        for model_id, size in _MOVINETS.items()
+    },
     "movinet_a2_k600_tfhub": (
         _loader("tfhub.load_tfhub", 224),
         Path("weights/movinet_a2_base_kinetics-600_classification_3"),
