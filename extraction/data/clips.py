@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -25,11 +25,12 @@ from extraction.errors import UserError, printable
 
 
 class ClipShape(TypedDict):
-    """Frames, temporal stride and pixels a side of a clip."""
+    """Frames, temporal stride (or, instead of it, frames a second) and pixels a side of a clip."""
 
     num_frames: int
     stride: int
     size: int
+    fps: NotRequired[float | None]
 
 
 class ClipRef(NamedTuple):
@@ -41,11 +42,20 @@ class ClipRef(NamedTuple):
     key: str  # names the clip's content for the ledger
     video: int  # clips of one video share it
     crop: float = 0.5  # where along the long side the square is cut
+    stride: int = 1
+
+
+def name_clip(fingerprint: str, start: int, num_frames: int, stride: int, size: int | None, crop: float) -> str:
+    """The `ClipRef.key` of a clip: the video's content and all that decides which pixels of it are shown."""
+    return f"{fingerprint}:{start}:{num_frames}x{stride}:{size}:{crop}"
 
 
 class Clips(Dataset):
     """The clips of a list of videos: `num_frames` frames at a temporal stride, `size` x `size` pixels, a new clip every
     `clip_interval` frames.
+
+    With `fps` the stride is each video's own instead: round(its frame rate / fps), at least 1. So clips of footage of mixed
+    rates take as near to `fps` frames a second as every n-th frame comes.
 
     With `views=(N, M)` each video gives N clips spread evenly over its length, each in M crops along the long side: the
     way videos are scored. `broken` lists the videos that were left out, each with its reason; UserError is raised when that
@@ -61,11 +71,12 @@ class Clips(Dataset):
         size: int | None = None,
         views: tuple[int, int] | None = None,
         desc: str = "looking at videos",
+        fps: float | None = None,
     ):
         for name, value in (("num_frames", num_frames), ("stride", stride), ("clip_interval", clip_interval), ("size", size)):
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
-        self.num_frames, self.stride, self.size = num_frames, stride, size
+        self.num_frames, self.stride, self.size, self.fps = num_frames, stride, size, fps
         self.refs: list[ClipRef] = []
         self.broken: list[tuple[Path, str]] = []
         self.num_videos = 0  # those that can be read
@@ -73,9 +84,13 @@ class Clips(Dataset):
             probes = pool.map(_probe_or_reason, [video.path for video in videos])
             bar = tqdm(probes, total=len(videos), desc=desc, unit="video", leave=False, dynamic_ncols=True)
             for video, found in zip(videos, bar, strict=True):
+                if fps and not isinstance(found, str) and not found.fps:
+                    found = "no frame rate in the file, which --fps wants"
                 if isinstance(found, str):
                     self.broken.append((video.path, found))
                     continue
+                if fps and found.fps:
+                    stride = max(1, round(found.fps / fps))
                 last = max(0, found.num_frames - ((num_frames - 1) * stride + 1))
                 if views:
                     starts = [round(last * (k + 0.5) / views[0]) for k in range(views[0])]
@@ -84,8 +99,8 @@ class Clips(Dataset):
                     starts, crops = list(range(0, last + 1, clip_interval or num_frames * stride)), [0.5]
                 for start in starts:
                     for crop in crops:
-                        key = f"{found.fingerprint}:{start}:{num_frames}x{stride}:{size}:{crop}"
-                        self.refs.append(ClipRef(video.path, start, video.label, key, self.num_videos, crop))
+                        key = name_clip(found.fingerprint, start, num_frames, stride, size, crop)
+                        self.refs.append(ClipRef(video.path, start, video.label, key, self.num_videos, crop, stride))
                 self.num_videos += 1
         self._refuse_empty_classes(videos)
 
@@ -103,7 +118,7 @@ class Clips(Dataset):
         """The clip as uint8 (T, H, W, 3), or the file that it can't be had from."""
         ref = self.refs[index]
         try:
-            return index, decode_clip(ref.path, ref.start, self.num_frames, self.stride, self.size, ref.crop)
+            return index, decode_clip(ref.path, ref.start, self.num_frames, ref.stride, self.size, ref.crop)
         except Unreadable as error:
             return index, Broken(ref.path, str(error))
 

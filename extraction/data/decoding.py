@@ -37,6 +37,7 @@ class Broken(NamedTuple):
 class Probe(NamedTuple):
     num_frames: int  # by the container's header; a damaged file may hold fewer
     fingerprint: str  # of the file's content: its size, beginning and end
+    fps: float | None = None  # frames a second, on average; None when the file does not say
 
 
 def probe(path: Path) -> Probe:
@@ -51,7 +52,7 @@ def probe(path: Path) -> Probe:
             raise Unreadable("empty file")
         with av.open(str(path)) as container:
             stream = open_video_stream(container)
-            num_frames = stream.frames
+            num_frames, rate = stream.frames, stream.average_rate or stream.guessed_rate
             if num_frames <= 0 and container.duration and stream.average_rate:
                 num_frames = int(container.duration / av.time_base * stream.average_rate)
             if num_frames <= 0:
@@ -60,7 +61,7 @@ def probe(path: Path) -> Probe:
         raise Unreadable(describe_error(error)) from None
     if num_frames <= 0:
         raise Unreadable("no frames")
-    return Probe(num_frames, digest.hexdigest())
+    return Probe(num_frames, digest.hexdigest(), float(rate) if rate else None)
 
 
 def describe_error(error: Exception) -> str:

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from extraction.data import clips as clips_module
 from extraction.data.clips import Clips, load_batches
-from extraction.data.folders import find_videos
+from extraction.data.decoding import probe
+from extraction.data.demo import write_video
+from extraction.data.folders import Video, find_videos
 from extraction.errors import UserError
 
 
@@ -24,6 +27,34 @@ def test_clips_follow_clip_interval_and_views(write_counting_video, tmp_path):
     scored = Clips(videos, 16, size=32, views=(2, 3))
     assert [(w.start, w.crop) for w in scored.refs] == [(11, 0.0), (11, 0.5), (11, 1.0), (33, 0.0), (33, 0.5), (33, 1.0)]
     assert {w.video for w in scored.refs} == {0}
+
+
+def test_fps_takes_the_nearest_frames_of_each_video(tmp_path):
+    """Videos of 24, 30 and 50 frames a second; frame k is as bright as 4 k."""
+    frames = np.stack([np.full((48, 64, 3), 4 * k, np.uint8) for k in range(60)])
+    rates = {24: 5, 30: 6, 50: 10, 3: 1}  # frames a second: the stride for 5 a second
+    for fps in rates:
+        write_video(tmp_path / f"{fps:02d}.mp4", frames, fps)
+    videos = [Video(tmp_path / f"{fps:02d}.mp4", -1) for fps in rates]
+    clips = Clips(videos, 4, stride=7, size=32, views=(1, 1), fps=5)
+    assert [ref.stride for ref in clips.refs] == list(rates.values())
+    for index, stride in enumerate(rates.values()):
+        start = clips.refs[index].start
+        assert start == round((60 - (3 * stride + 1)) / 2)
+        shown = clips[index][1][:, 16, 16, 0] / 4
+        assert np.abs(shown - np.arange(start, start + 4 * stride, stride)).max() < 0.5
+        # A clip is named as one of that stride is: what was answered about it is not asked again.
+        assert clips.refs[index] == Clips(videos[index : index + 1], 4, stride=stride, size=32, views=(1, 1)).refs[0]._replace(
+            video=index
+        )
+    assert len(Clips(videos[:1], 4, size=32, fps=5).refs) == 3  # a new clip where the last one ends, by the video's own stride
+
+
+def test_a_video_that_does_not_say_its_rate_is_left_out_where_it_matters(write_counting_video, tmp_path, monkeypatch):
+    videos = [Video(write_counting_video(tmp_path / f"{name}.mp4", 20), -1) for name in "ab"]
+    monkeypatch.setattr(clips_module, "probe", lambda path: probe(path)._replace(**{"fps": None} if path.stem == "b" else {}))
+    assert Clips(videos, 4, size=32).broken == []
+    assert Clips(videos, 4, size=32, fps=5).broken == [(tmp_path / "b.mp4", "no frame rate in the file, which --fps wants")]
 
 
 def test_loader_brings_uint8_and_sets_broken_clips_aside(write_counting_video, tmp_path):
