@@ -14,6 +14,9 @@ EXTENSIONS = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".mpg", ".mpeg", ".ogv", 
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "validate")}
 
 
+_FLAT = ""  # the class of videos in no class folder
+
+
 class Video(NamedTuple):
     path: Path
     label: int  # index into the classes; -1 for a video without a label the victim knows
@@ -88,10 +91,15 @@ def find_videos(
     split: str | None = None,
     listing: str | Path | None = None,
     belongs: str = "a folder of class folders of videos",
+    unlabelled_flag: str | None = None,
 ) -> list[Video]:
     """Find the videos of `root/split/class/*` or `root/class/*`, sorted by path.
 
-    Labels index `classes` by name, whatever the folders' order; `classes=None` leaves every video unlabelled (-1).
+    Labels index `classes` by name, whatever the folders' order; `classes=None` leaves every video unlabelled (-1), in class
+    folders or not. `unlabelled_flag` names the option by which a user says that, where videos may be unlabelled at all: there
+    videos in no class folder, but flat in `root` or `root/split`, are unlabelled too. Class folders that `classes` does not
+    have may be unlabelled footage or a wrong class list: they stay an error, which names that option.
+
     `split` "train" and "val" also find `training` and `validation`. `listing` keeps only the videos it names, and is
 
     - a text file of paths below `root`, one per line, as UCF101's `trainlist01.txt` (a number after the path is ignored);
@@ -105,11 +113,16 @@ def find_videos(
     root = require_folder(root, belongs)
     known = None if classes is None else index_classes(classes)
     where, videos = group_videos(root, split, listing, known)
+    if videos.keys() == {_FLAT}:
+        if known is not None and unlabelled_flag is None:
+            raise UserError(f"{where}: no class folders in it; it must be laid out as class/video files")
+        known = None
     unknown = [name for name in videos if known is not None and normalise_class(name) not in known]
     if unknown and classes is not None:
-        raise UserError(
-            f"{where}: {_some(unknown)} not among the {len(classes)} classes of the model; move them or rename them"
-        )
+        mend = "move them or rename them"
+        if unlabelled_flag is not None:
+            mend += f", or pass {unlabelled_flag} to score by agreement alone"
+        raise UserError(f"{where}: {_some(unknown)} not among the {len(classes)} classes of the model; {mend}")
     refuse_empty_classes(where, videos)
     return sorted(
         Video(path, -1 if known is None else known[normalise_class(name)]) for name, paths in videos.items() for path in paths
@@ -121,12 +134,17 @@ def group_videos(
 ) -> tuple[Path, dict[str, list[Path]]]:
     """The videos of each class, by the name its folder or list gives it; a class without any has an empty list.
 
+    Videos that lie flat in a folder without class folders, or that a list of paths names there, stand under "".
     Arguments are those of `find_videos`; `known`: normalised names of the classes there are, which tell a class folder
     from one inside it. Returns what was read, for messages, too. Raises UserError as `find_videos` does.
     """
     if listing is not None:
         return Path(listing), _read_listing(root, split, listing, known)
     folder = class_folder(root, split)
+    if not any(child.is_dir() and not child.name.startswith(".") for child in folder.iterdir()):
+        flat = [path for path in _find_files(folder) if path.parent == folder]
+        if flat:
+            return folder, {_FLAT: flat}
     return folder, {name: _find_files(folder / name) for name in list_classes(root, split)}
 
 

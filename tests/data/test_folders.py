@@ -12,7 +12,7 @@ import pytest
 import eval_only
 from extraction.data.clips import Clips
 from extraction.data.demo import write_video
-from extraction.data.folders import find_videos, group_videos, read_classes
+from extraction.data.folders import find_aux_videos, find_videos, group_videos, read_classes
 from extraction.data.subsets import choose_share, write_subset
 from extraction.errors import UserError
 from extraction.students import create_student
@@ -79,6 +79,31 @@ def test_bad_folders_get_one_line(tmp_path, make, line):
     make(tmp_path / "root")
     with pytest.raises(UserError, match=line):
         find_videos(tmp_path / "root", ["a", "b"])
+
+
+def test_a_flat_folder_is_unlabelled_where_that_may_be(tmp_path, error_line):
+    flat = tmp_path / "clips"
+    touch(flat, "b.mp4", "a.mp4", "notes.txt", ".thumbs/x.mp4")
+    (flat / "list.txt").write_text("b.mp4\n")
+
+    def find(listing=None):
+        return [
+            (v.path.name, v.label) for v in find_videos(flat, ["a", "b"], "val", listing, unlabelled_flag="--val-unlabelled")
+        ]
+
+    assert find() == [("a.mp4", -1), ("b.mp4", -1)]
+    assert find(flat / "list.txt") == [("b.mp4", -1)]
+    assert [v.label for v in find_aux_videos([str(flat)])] == [-1, -1]
+    line = "no class folders in it; it must be laid out as class/video files"
+    assert error_line(find_videos, flat, ["a", "b"]) == f"{flat}: {line}"  # where labels are needed
+
+
+def test_class_folders_of_other_names_are_an_error_that_names_the_way_out(tmp_path, error_line):
+    touch(tmp_path, "cats/1.mp4", "dogs/2.mp4", "loose.mp4")
+    line = error_line(find_videos, tmp_path, ["a", "b"], "val", unlabelled_flag="--val-unlabelled")
+    assert line.endswith("move them or rename them, or pass --val-unlabelled to score by agreement alone")
+    assert "--val-unlabelled" not in error_line(find_videos, tmp_path, ["a", "b"])
+    assert [v.label for v in find_videos(tmp_path, None, "val", unlabelled_flag="--val-unlabelled")] == [-1, -1]
 
 
 # --- UCF101 ----------------------------------------------------------------------------------------------------------
