@@ -50,6 +50,8 @@ class Config:
     """Frames of a clip."""
     stride: options.Count = 1
     """Temporal stride: a clip takes every n-th frame of a video."""
+    fps: options.FrameRate | None = None
+    """Frames a second that clips take, instead of --stride: every n-th frame, n by each video's own frame rate."""
     clip_interval: options.Count = 8
     """Frames from the start of a clip to the start of the next."""
     size: options.Count = 48
@@ -119,6 +121,8 @@ def train(config: Config, run: Run, root: Path, val_root: Path, device: torch.de
     model.to(device)
     teacher = None if config.teacher is None else load_teacher(config.teacher, classes).to(device)
     shape = ClipShape(num_frames=config.num_frames, stride=config.stride, size=config.size)
+    if config.fps is not None:
+        shape["fps"] = config.fps
     clips = Clips(find_videos(root, classes, "train", config.data_list), clip_interval=config.clip_interval, **shape)
     queries = QuerySet(clips, Augmentation(config.hflip, config.brightness, config.rotation), seed=config.seed)
     val = Clips(find_videos(val_root, classes, "val", config.val_list), views=(1, 1), **shape)

@@ -5,7 +5,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,7 +15,7 @@ from extraction import distributed
 from extraction.compute import Compute, choose_compute
 from extraction.data.clips import Clips
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
-from extraction.data.folders import find_aux_folders, find_videos, require_folder
+from extraction.data.folders import Video, find_aux_folders, find_videos, require_folder
 from extraction.data.images import write_demo_images
 from extraction.errors import UserError, command_line, printable
 from extraction.evaluation.results import QUERY_BUDGET, print_results, say_how_to_go_on
@@ -77,7 +77,7 @@ def _require_folders(config: Any) -> None:
     find_aux_folders(getattr(config, "aux", ()), config.demo)
     if hasattr(config, "images"):
         require_folder(config.images, "a tree of unrelated images")
-    require_folder(config.val, "held-out labelled videos of the victim's task, in class folders,")
+    require_folder(config.val, "held-out videos of the victim's task, in class folders (without labels: in one folder),")
 
 
 def _say_whence(config: Any) -> str:
@@ -98,6 +98,12 @@ def repeat_results(results: dict) -> dict:
     return results
 
 
+def find_val_videos(config: Options, classes: Sequence[str]) -> list[Video]:
+    """The held-out videos, labelled by class folders or not at all."""
+    named = None if config.val_unlabelled else classes
+    return find_videos(config.val, named, "val", config.val_list, unlabelled_flag="--val-unlabelled")
+
+
 class Attack(NamedTuple):
     """What an attack starts from."""
 
@@ -110,8 +116,9 @@ def open_attack(config: Any, run: Run, *, exact: bool = False) -> Attack:
     """The device and precision, the metered victim, and what scores students on held-out videos.
 
     `config` has `Options` and `VictimOptions` (with `ScoredVictimOptions` alone the victim answers nothing). A student is
-    scored on the middle clip of each video. `exact` keeps all digits of the answers, for attacks that take differences of
-    them. Raises UserError, before the first query, for missing weights and for a victim near chance (`check_victim`).
+    scored on `val_clips` clips of each video (1: its middle). `exact` keeps all digits of the answers, for attacks that take
+    differences of them. Raises UserError, before the first query, for missing weights and for a victim whose answers to the
+    held-out videos show that it is set up wrongly (`check_victim`, `check_answers`).
     """
     assert isinstance(config, Options)
     assert isinstance(config, ScoredVictimOptions)
@@ -142,7 +149,7 @@ def open_attack(config: Any, run: Run, *, exact: bool = False) -> Attack:
         raise UserError(
             f"{path} counts {victim.num_queries} queries, --query-budget {budget} is less; choose another --out-dir"
         )
-    val = Clips(find_videos(config.val, victim.classes, "val", config.val_list), views=(1, 1), **config.shape)
+    val = Clips(find_val_videos(config, victim.classes), views=(config.val_clips, 1), **config.shape)
     evaluator = Evaluator(
         val, victim.classes, compute.device, config.batch_size, config.num_workers, victim, load, config.min_victim_top1,
         getattr(config, "allow_overlap", False),

@@ -34,6 +34,7 @@ Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
 Rate = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
+FrameRate = Annotated[float, Range(0.01, 1000)]
 EDITED = "edited in the script, not on the command line"
 Layers = Annotated[tuple[Layer, ...], EDITED]
 # What some options were called before.
@@ -71,13 +72,19 @@ class Options(ComputeOptions):
     student_weights: str | None = None
     """Weight file that the student starts from, all but its head; None: from scratch."""
     val: str
-    """Held-out labelled videos that score the student, in class folders."""
+    """Held-out videos that score the student: labelled in class folders, or unlabelled in one folder (agreement alone)."""
     val_list: str | None = None
     """Use only the videos of --val that this list names."""
+    val_unlabelled: bool = False
+    """Take the class folders of --val for no labels: score by agreement with the victim alone."""
+    val_clips: Count = 1
+    """Clips of each held-out video, spread evenly; agreement is counted per clip, top-1 on their mean probabilities."""
     num_frames: Count
     """Frames of a clip."""
     stride: Count = 1
     """Temporal stride: a clip takes every n-th frame of a video."""
+    fps: FrameRate | None = None
+    """Frames a second that clips take, instead of --stride: every n-th frame, n by each video's own frame rate."""
     size: Count
     """Height and width of a clip, in pixels."""
     seed: int = 0
@@ -92,7 +99,7 @@ class Options(ComputeOptions):
     @property
     def shape(self) -> ClipShape:
         """Frames, temporal stride and size of a clip, as `Clips` takes them."""
-        return ClipShape(num_frames=self.num_frames, stride=self.stride, size=self.size)
+        return ClipShape(num_frames=self.num_frames, stride=self.stride, size=self.size, fps=self.fps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +117,7 @@ class ScoredVictimOptions:
     victim_record: str | None = None
     """File where the victim's owner keeps logits by clip, for sweeps: a known clip is a query, but is not computed again."""
     min_victim_top1: float | None = None
-    """Stop before the first query unless the victim's top-1 on --val is at least this fraction; default 3 x chance, 0: off."""
+    """Least top-1 of the victim on --val, else no query is made; default 3 x chance; 0: off, as the check without labels is."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from extraction.data.clips import Clips
 from extraction.data.folders import find_videos, list_classes
 from extraction.data.queries import QuerySet
 from extraction.evaluation.scoring import Evaluator
-from extraction.experiment import experiment, run_script
+from extraction.experiment import experiment, find_val_videos, run_script
 from extraction.runs import Run
 from extraction.students import create_student
 
@@ -49,7 +49,7 @@ def main(config: Config, run: Run) -> dict:
     videos = find_videos(config.in_domain, classes, "train", config.in_domain_list)
     clips = Clips(videos, clip_interval=config.clip_interval, **config.shape)
     queries = QuerySet(clips, Augmentation(config.hflip, config.brightness, config.rotation), seed=config.seed)
-    val = Clips(find_videos(config.val, classes, "val", config.val_list), views=(1, 1), **config.shape)
+    val = Clips(find_val_videos(config, classes), views=(config.val_clips, 1), **config.shape)
     evaluator = Evaluator(
         val, classes, compute.device, config.batch_size, config.num_workers, allow_overlap=config.allow_overlap
     )

@@ -32,11 +32,13 @@ def draw_curve(path: str | Path, history: Sequence[dict], victim_top1: float | N
     _save(figure, path, 120)
 
 
-def draw_curves(path: str | Path, runs: Mapping[str, Sequence[dict]], chance: float, title: str, metric: str = "top1") -> None:
-    """Draw one score of several runs, against epochs: `runs` maps a name to a history."""
+def draw_curves(path: str | Path, runs: Mapping[str, Sequence[dict]], chance: float, title: str) -> None:
+    """Draw top-1 of several runs, against epochs: `runs` maps a name to a history. Without labels in one, agreement@1."""
+    metric = "top1" if all("top1" in point for points in runs.values() for point in points) else "agreement_at_1"
     figure, axes = _pyplot().subplots(figsize=(7, 4.5), layout="constrained")
     for name, history in runs.items():
-        axes.plot([p["epoch"] for p in history], [100 * p[metric] for p in history], marker="o", markersize=3, label=name)
+        shown = [point for point in history if metric in point]
+        axes.plot([p["epoch"] for p in shown], [100 * p[metric] for p in shown], marker="o", markersize=3, label=name)
     axes.axhline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance")
     axes.set(xlabel="epoch", ylabel=f"{metric}, %", ylim=(0, 102), title=title)
     axes.grid(alpha=0.3)

@@ -1,7 +1,7 @@
 """What a run leaves: its saved student, its curve, `results.json`, and tables of the results of several runs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,8 @@ from extraction.students import Student
 from extraction.victims.ledger import Ledger
 from extraction.weights import save_weights
 
+# What the scores are called on screen.
+SCORES = {"top1": "top-1", "top5": "top-5", "agreement_at_1": "agreement@1", "agreement_at_5": "agreement@5"}
 QUERY_BUDGET = "query budget"  # what `stopped` says of a run that its budget ended
 
 
@@ -35,6 +37,7 @@ def finish(
     `stopped` is "epochs", "iterations" or `QUERY_BUDGET`. Returns the results.
     """
     clips = evaluator.clips
+    summary = evaluator.summarise(student.eval())
     about = dict(
         student=student.name,
         classes=list(evaluator.classes),
@@ -43,6 +46,8 @@ def finish(
         size=clips.size,
         num_queries=more.get("num_queries_before", 0) + (victim.num_queries if victim is not None else 0),
     )
+    if clips.fps is not None:
+        about["fps"] = clips.fps
     save_weights(run.folder / "student.safetensors", student.net.state_dict(), about)
     chance = 1.0 / len(evaluator.classes)
     draw_curve(run.folder / "curve.png", history, evaluator.victim_scores.get("top1"), chance, run.experiment)
@@ -58,9 +63,11 @@ def finish(
             num_queries=victim.num_queries if victim is not None else 0,
             query_budget=run.config.get("query_budget"),
             num_classes=len(evaluator.classes),
-            num_val_videos=evaluator.clips.num_videos,
+            num_val_videos=clips.num_videos,
+            num_val_clips=len(clips),
             chance_top1=chance,
-            **final,
+            **dict.fromkeys(("top1", "top5")) | final,  # None without labels
+            **summary,
             **victim_scores,
             stopped=stopped,
             broken=[[str(path), reason] for path, reason in broken],
@@ -91,6 +98,20 @@ def percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.1f}"
 
 
+def percent_range(interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else f"{100 * interval[0]:.1f}-{100 * interval[1]:.1f}"
+
+
+def describe_scores(scores: Mapping[str, Any]) -> str:
+    """One line of scores and the 95 % `intervals` beside them: `top-1 88.5 % (84.2-92.1), ...`."""
+    intervals, known = scores["intervals"], {name: label for name, label in SCORES.items() if name in scores}
+    shown = [f"{label} {percent(scores[name])} % ({percent_range(intervals[name])})" for name, label in known.items()]
+    if "mean_kl" in scores:
+        low, high = intervals["mean_kl"]
+        shown.append(f"KL {scores['mean_kl']:.3f} nats ({low:.3f}-{high:.3f})")
+    return ", ".join(shown)
+
+
 def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, the first row being the head."""
     rows = [[printable(cell) for cell in row] for row in rows]
@@ -104,22 +125,27 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 def print_results(*runs: dict) -> dict:
     """Print one table of the results of runs on the same held-out videos: victims, students, chance. Returns the last."""
     last = runs[-1]
-    rows = [["% on held-out videos" + _describe_clips(runs), "top-1", "top-5", "agreement@1", "agreement@5", "queries"]]
+    rows = [["% on held-out videos" + _describe_clips(runs), *SCORES.values(), "queries"]]
     victims = dict.fromkeys(
         (run["victim"], run["victim_fingerprint"], percent(run["victim_top1"]), percent(run["victim_top5"]))
         for run in runs
-        if run.get("victim_top1") is not None
+        if run.get("victim") is not None
     )
     for name, fingerprint, *scores in victims:
         rows.append(["victim" if len(victims) == 1 else f"victim, {name} ({fingerprint})", *scores, "-", "-", "-"])
     for name, run in zip(_tell_apart(runs), runs, strict=True):
-        scores = [percent(run.get(name)) for name in ("top1", "top5", "agreement_at_1", "agreement_at_5")]
-        rows.append([f"student, {name}", *scores, str(count_queries(run))])
-    chance = last["chance_top1"]
-    rows.append(["chance", percent(chance), percent(5 * chance), percent(chance), percent(5 * chance), "-"])
+        rows.append([f"student, {name}", *(percent(run.get(score)) for score in SCORES), str(count_queries(run))])
+        if "intervals" in run:  # of the videos alone: what another random seed would change is not in it
+            rows.append(["  95 % interval", *(percent_range(run["intervals"].get(score)) for score in SCORES), "-"])
+    chance = [percent(last["chance_top1"]), percent(5 * last["chance_top1"])]
+    labelled = any(run.get("top1") is not None for run in runs)
+    rows.append(["chance", *(chance if labelled else ["-", "-"]), *chance, "-"])
     if last.get("num_classes", 6) <= 5:  # the best five are all there are
         rows = [[cell if k not in (2, 4) or row is rows[0] else "-" for k, cell in enumerate(row)] for row in rows]
     print("\n" + format_table(rows) + "\n")
+    for name, run in zip(_tell_apart(runs), runs, strict=True):
+        if run.get("mean_kl") is not None:
+            print(printable(f"mean KL(victim || student), {name}: {run['mean_kl']:.3f} nats"))
     return last
 
 
@@ -172,10 +198,11 @@ def tabulate(
         raise UserError("name the folder of a run, or several: python -m extraction.evaluation.results RUN ...")
     runs = [read_results(folder) for folder in folders]
     for folder, run in zip(folders, runs, strict=True):
-        for name in ("num_val_videos", "chance_top1"):
-            if run[name] != runs[0][name]:
+        for name, default in (("num_val_videos", None), ("num_val_clips", "num_val_videos"), ("chance_top1", None)):
+            first, own = (other.get(name, other.get(default)) for other in (runs[0], run))
+            if own != first:
                 raise UserError(
-                    f"{folders[0]} and {folder} differ in {name}: {runs[0][name]:.4g} and {run[name]:.4g}; "
+                    f"{folders[0]} and {folder} differ in {name}: {first:.4g} and {own:.4g}; "
                     "only scores on the same held-out videos go into one table"
                 )
     print_results(*runs)

@@ -14,7 +14,7 @@ from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos
 from extraction.errors import UserError, printable
 from extraction.evaluation.plots import draw_bars
-from extraction.evaluation.results import count_queries, read_results
+from extraction.evaluation.results import count_queries, percent, read_results
 from extraction.evaluation.scoring import predict_videos, score
 from extraction.students import load_student
 from extraction.weights import write_atomically
@@ -105,8 +105,11 @@ def write_table(experiments: Sequence[Experiment], out_dir: str | Path, seeds: S
             lines.append(f"| {experiment.name} |{' - |' * (len(head) - 2)} {experiment.published} |")
             continue
         first = results[0]
-        victim = f"{first['victim']} {100 * first['victim_top1']:.1f}" if first["victim"] else "-"
-        scores = [_spread([100 * r[s] for r in results if s in r]) for s in ("unseen_top1", "top1", "top5", "agreement_at_1")]
+        victim = f"{first['victim']} {percent(first['victim_top1'])}" if first["victim"] else "-"
+        scores = [
+            _spread([100 * r[s] for r in results if r.get(s) is not None])
+            for s in ("unseen_top1", "top1", "top5", "agreement_at_1")
+        ]
         queries = _spread([float(count_queries(r)) for r in results], 0)
         seconds = _spread([r["seconds"] for r in results], 0)
         cells = [experiment.name, victim, first["student"], queries, *scores, seconds, experiment.published]
@@ -120,7 +123,7 @@ def write_table(experiments: Sequence[Experiment], out_dir: str | Path, seeds: S
     )
     write_atomically(out_dir / "table.md", lambda file: file.write(text.encode()))
     bars = {
-        name: {s: mean(r[s] for r in results if s in r) for s in ("top1", "agreement_at_1") if s in results[0]}
+        name: {s: mean(known) for s in ("top1", "agreement_at_1") if (known := [r[s] for r in results if r.get(s) is not None])}
         for name, results in found.items()
         if results
     }
@@ -149,7 +152,7 @@ def _score_unseen(folder: Path) -> None:
     student, about = load_student(results["student"], folder / "student.safetensors")
     if missing := {"num_frames", "stride", "size", "classes"} - set(about):
         raise UserError(f"{folder / 'student.safetensors'}: does not say its {min(missing)}; delete {folder} and run it again")
-    shape = ClipShape(num_frames=about["num_frames"], stride=about["stride"], size=about["size"])
+    shape = ClipShape(num_frames=about["num_frames"], stride=about["stride"], size=about["size"], fps=about.get("fps"))
     clips = Clips(find_videos(write_unseen_set(), about["classes"], "val"), views=(1, 1), **shape)
     compute = choose_compute()
     predictions = predict_videos(

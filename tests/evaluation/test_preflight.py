@@ -1,5 +1,7 @@
 """The preflight: a victim that is set up wrongly is found before the first query."""
 
+import contextlib
+import re
 import shutil
 import sqlite3
 from contextlib import closing
@@ -10,15 +12,15 @@ import torch
 from extraction.data.clips import Clips
 from extraction.data.folders import find_videos
 from extraction.errors import UserError
-from extraction.evaluation.scoring import Evaluator, check_victim
+from extraction.evaluation.scoring import AnswerSpread, Evaluator, check_answers, check_victim
 from extraction.victims.ledger import Ledger
 from extraction.victims.trained import create_network
 from extraction.victims.zoo import load_model, load_victim
 
 
-def open_evaluator(demo_set, folder, classes, open_model, batch_size=24, spoil=None, **options) -> Evaluator:
+def open_evaluator(demo_set, folder, classes, open_model, batch_size=24, spoil=None, labelled=True, **options) -> Evaluator:
     folder.mkdir(exist_ok=True)
-    clips = Clips(find_videos(demo_set, classes, "val"), views=(1, 1), num_frames=16, size=48)
+    clips = Clips(find_videos(demo_set, classes if labelled else None, "val"), views=(1, 1), num_frames=16, size=48)
     content = spoil and spoil.read_bytes()
     if spoil:  # once it was looked at
         spoil.write_bytes(b"no video any more")
@@ -60,6 +62,58 @@ def test_preflight_refuses(demo_set, tmp_path, spoil):
         open_evaluator(demo_set, tmp_path, classes, lambda: model)
     assert "\n" not in str(caught.value)
     assert open_evaluator(demo_set, tmp_path, classes, lambda: model, min_victim_top1=0).victim_scores["top1"] < 0.25
+
+
+# --- without labels ----------------------------------------------------------------------------------------------------
+
+
+def test_preflight_without_labels_passes_the_right_victim_and_says_what_it_answers(demo_set, tmp_path, capsys):
+    model = load_model("demo_swin")
+    evaluator = open_evaluator(demo_set, tmp_path, model.classes, lambda: model, labelled=False)
+    scores = evaluator.victim_scores
+    assert (scores["top1"], scores["top5"]) == (None, None)
+    assert 1 / 12 <= scores["top_class_share"] < 0.3
+    assert scores["confidence"] > 0.5
+    assert scores["entropy"] < 0.5
+    assert "no labels: 24 clips of 24 videos score by agreement alone; the victim calls" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--min-victim-top1 0.5: the held-out videos have no labels to measure it on"):
+        open_evaluator(demo_set, tmp_path / "b", model.classes, lambda: model, labelled=False, min_victim_top1=0.5)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (
+            normalise_for_0_to_255,
+            r"calls 100.0 % of the held-out clips '\w[\w ]*': wrong preprocessing or weights, or footage of one kind",
+        ),
+        (
+            forget_the_weights,
+            r"is nearly uniform on the held-out clips: mean entropy 9[5-9]\.\d % of the largest: wrong weights",
+        ),
+    ],
+)
+def test_preflight_without_labels_refuses(demo_set, tmp_path, spoil, line, error_line):
+    torch.manual_seed(0)
+    _, model = spoil(load_model("demo_swin"))
+    message = error_line(open_evaluator, demo_set, tmp_path, model.classes, lambda: model, labelled=False)
+    assert re.search(line, message), message
+    assert message.endswith("no query was made (--min-victim-top1 0 switches this check off)")
+    open_evaluator(demo_set, tmp_path, model.classes, lambda: model, labelled=False, min_victim_top1=0)
+
+
+@pytest.mark.parametrize(("share", "entropy", "passes"), [(0.89, 0.94, True), (0.9, 0.5, False), (0.1, 0.95, False)])
+def test_the_answers_that_pass(share, entropy, passes):
+    answers = AnswerSpread("walk", share, 0.5, entropy)
+    with contextlib.nullcontext() if passes else pytest.raises(UserError):
+        check_answers(answers)
+    check_answers(answers, 0)
+
+
+def test_neither_labels_nor_a_victim_is_one_line(demo_set, error_line):
+    clips = Clips(find_videos(demo_set, None, "val"), views=(1, 1), num_frames=16, size=48)
+    line = error_line(Evaluator, clips, ["a", "b"], torch.device("cpu"), 24, 0)
+    assert line == "--val: videos without labels, and no victim to agree with; lay it out as class/video files"
 
 
 @pytest.mark.parametrize(("num_classes", "least"), [(2, 0.75), (12, 0.25), (400, 3 / 400)])

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from extraction.errors import UserError
-from extraction.evaluation.results import print_results, tabulate
+from extraction.evaluation import plots
+from extraction.evaluation.plots import draw_curve, draw_curves
+from extraction.evaluation.results import describe_scores, print_results, tabulate
 
 RESULTS = dict(
     experiment="swin_to_r21", victim="demo_swin", victim_fingerprint="abc", victim_top1=0.979, victim_top5=1.0, student="tiny",
@@ -101,6 +103,45 @@ def test_runs_of_one_experiment_are_told_apart_by_what_differs(tmp_path, capsys)
     tabulate(tuple(folders))
     names = [row[0] for row in read_rows(capsys.readouterr().out)]
     assert names[1:3] == ["student, swin_to_r21, answers probs", "student, swin_to_r21, answers label"]
+
+
+def test_without_labels_there_is_agreement_alone_with_its_interval(capsys):
+    none = dict(top1=None, top5=None, victim_top1=None, victim_top5=None)
+    intervals = dict(agreement_at_1=[0.201, 0.304], agreement_at_5=[0.7, 0.8], mean_kl=[1.0, 1.5])
+    print_results(RESULTS | none | dict(intervals=intervals, mean_kl=1.25))
+    out = capsys.readouterr().out
+    table, _, below = out.strip().partition("\n\n")
+    assert [line.rsplit(maxsplit=5) for line in table.splitlines()[2:]] == [
+        ["victim", "-", "-", "-", "-", "-"],
+        ["student, swin_to_r21", "-", "-", "25.0", "75.0", "711"],
+        ["  95 % interval", "-", "-", "20.1-30.4", "70.0-80.0", "-"],
+        ["chance", "-", "-", "8.3", "41.7", "-"],
+    ]
+    assert below == "mean KL(victim || student), swin_to_r21: 1.250 nats"
+
+
+def test_scores_on_one_line_have_their_intervals():
+    scores = dict(top1=0.5, agreement_at_1=0.25, mean_kl=1.25, clips_per_second=3.0)
+    intervals = dict(top1=[0.4, 0.6], agreement_at_1=[0.2, 0.3], mean_kl=[1.0, 1.5])
+    line = describe_scores(scores | dict(intervals=intervals))
+    assert line == "top-1 50.0 % (40.0-60.0), agreement@1 25.0 % (20.0-30.0), KL 1.250 nats (1.000-1.500)"
+
+
+def test_runs_of_other_clips_of_the_same_videos_are_not_put_beside(tmp_path):
+    tabulate((write_run(tmp_path / "a"), write_run(tmp_path / "b", num_val_clips=240)))
+    with pytest.raises(UserError, match=r"a and .*c differ in num_val_clips: 240 and 480;"):
+        tabulate((tmp_path / "a", write_run(tmp_path / "c", num_val_clips=480)))
+
+
+def test_curves_without_labels_are_of_agreement(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path, dpi: drawn.append(figure))
+    points = [dict(epoch=k, num_queries=k, agreement_at_1=k / 4) for k in (1, 2)]
+    draw_curve(tmp_path / "c.png", points, None, 0.1, "one")
+    draw_curves(tmp_path / "c.png", {"labelled": [p | dict(top1=0.5) for p in points], "unlabelled": points}, 0.1, "two")
+    draw_curves(tmp_path / "c.png", {"labelled": [p | dict(top1=0.5) for p in points]}, 0.1, "three")
+    values = [[list(line.get_ydata()) for line in figure.axes[0].lines[:-1]] for figure in drawn]
+    assert values == [[[25.0, 50.0]], [[25.0, 50.0]] * 2, [[50.0, 50.0]]]
 
 
 def test_the_best_five_of_five_classes_say_nothing(capsys):

@@ -61,6 +61,16 @@ def test_a_failure_is_named_and_only_what_is_missing_runs_again(experiments, tmp
         run_all(experiments, runs, True, (0,), ("third",))
 
 
+def test_a_run_scored_without_labels_has_dashes_for_top_k(experiments, tmp_path):
+    run_all(experiments[:1], tmp_path, False, (0, 1))
+    for path in tmp_path.glob("seed_*/first/results.json"):
+        none = dict(top1=None, top5=None, victim_top1=None)
+        path.write_text(json.dumps(json.loads(path.read_text()) | none))
+        path.with_name("unseen.json").unlink()
+    row = "| first | demo_swin - | tiny | 1000 ± 1 | - | - | - | 25.0 | 3 | 54.8 / 31.4 |"
+    assert row in write_table(experiments[:1], tmp_path, (0, 1))
+
+
 def test_no_results_at_all_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no experiment has left results"):
         write_table([Experiment("none", "nowhere.py", "-")], tmp_path, (0,))
