@@ -1,16 +1,22 @@
-"""Score a victim itself on labelled videos: what it knows bounds what can be stolen, and shows that it is set up right.
+"""Score a victim itself on held-out videos: what it knows bounds what can be stolen, and shows that it is set up right.
 
     python grey_box/eval_teacher.py --victim swin --data datasets/kinetics400_val
     python grey_box/eval_teacher.py --victim movinet --data-list datasets/kinetics600_10per.csv --views 10x3
+    python grey_box/eval_teacher.py --victim movinet --data datasets/unlabelled --fps 5 --ceiling
 
-Prints top-1, top-5 and clips per second, and writes a per-class table. A video is judged by the mean of the probabilities
-of its clips. Without `--data` it is the 10 % class-balanced validation set of the victim's own task. Nothing is metered:
-this is the evaluator's view, not an attacker's.
+Prints top-1, top-5, their 95 % intervals (a bootstrap over videos) and clips per second, and writes a per-class table. A video
+is judged by the mean of the probabilities of its clips. Without `--data` it is the 10 % class-balanced validation set of the
+victim's own task. Of videos without labels it says what the answers are like. `--ceiling` measures how often the victim agrees
+with itself when the same clips are shown a little otherwise, which bounds what a student's agreement can mean
+(`extraction/evaluation/ceiling.py`), and writes that as a table too. Nothing is metered: this is the evaluator's view, not an
+attacker's.
 """
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -21,8 +27,19 @@ from extraction.data.clips import Clips, report_broken
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, require_folder
 from extraction.errors import UserError, printable
-from extraction.evaluation.results import percent
-from extraction.evaluation.scoring import name_clips, parse_views, predict_videos, score, write_class_table
+from extraction.evaluation.ceiling import measure_ceiling, print_ceiling, write_ceiling
+from extraction.evaluation.results import describe_scores, percent
+from extraction.evaluation.scoring import (
+    average,
+    bootstrap,
+    describe_answers,
+    find_video_numbers,
+    name_clips,
+    parse_views,
+    predict_videos,
+    tally,
+    write_class_table,
+)
 from extraction.experiment import run_script
 from extraction.victims.zoo import find_weights, load_model
 
@@ -41,7 +58,9 @@ class Config(options.ComputeOptions):
     victim_about: str | None = None
     """JSON file that says how a tflite: or onnx: victim takes clips; by default FILE.json beside it, if there."""
     data: str | None = None
-    """Labelled videos in class folders; by default datasets/kinetics400_val, for k600 victims datasets/kinetics600_val."""
+    """Videos in class folders, or unlabelled in one; by default datasets/kinetics400_val, for k600 victims kinetics600_val."""
+    data_unlabelled: bool = False
+    """Take the class folders of --data for no labels."""
     data_list: str | None = None
     """Score only the videos of --data that this list names (a text file, or Kinetics' CSV)."""
     views: str = "1x1"
@@ -50,8 +69,16 @@ class Config(options.ComputeOptions):
     """Frames of a clip; by default what the victim was trained on, else 32."""
     stride: options.Count | None = None
     """Temporal stride; by default as published: 5 for k600 victims (5 frames a second of 25), else 2."""
+    fps: options.FrameRate | None = None
+    """Frames a second that clips take, instead of --stride: every n-th frame, n by each video's own frame rate."""
     size: options.Count | None = None
     """Height and width of a clip; by default what the victim was trained on, else 224."""
+    ceiling: bool = False
+    """Measure the victim's agreement with itself on clips that are resized, shifted, of another stride, and re-encoded."""
+    ceiling_size: options.Count = 112
+    """Height and width of the resized clips of --ceiling: those of the student's clips."""
+    ceiling_crf: Annotated[int, options.Range(0, 51)] = 28
+    """Quality at which --ceiling re-encodes clips (x264's CRF, 0 is lossless)."""
     out_dir: str = "runs/eval_teacher"
     """Where the per-class table goes, named after the victim and what was scored."""
     demo: bool = False
@@ -93,35 +120,59 @@ def main(config: Config) -> dict:
         write_demo_set("datasets/demo", {"val": 20})
     k600 = "k600" in name or config.victim_classes == "k600"
     root = require_folder(
-        config.data or f"datasets/kinetics{600 if k600 else 400}_val", "labelled videos (10 % of a validation set, say)"
+        config.data or f"datasets/kinetics{600 if k600 else 400}_val", "held-out videos (10 % of a validation set, say)"
     )
     views = parse_views(config.views)
     compute = choose_compute(config.device, config.precision, config.compile)
     victim = compute.prepare(load_model(name, config.victim_weights, classes=config.victim_classes, about=config.victim_about))
+    named = None if config.data_unlabelled else victim.classes
     clips = Clips(
-        find_videos(root, victim.classes, "val", config.data_list),
+        find_videos(root, named, "val", config.data_list, unlabelled_flag="--data-unlabelled"),
         views=views,
         num_frames=config.num_frames or victim.model.num_frames or 32,
         stride=config.stride or (5 if k600 else 2),
         size=config.size or victim.model.size or 224,
+        fps=config.fps,
     )
     timed, started = Stopwatch(victim, compute.device), time.perf_counter()
-    predictions = predict_videos(timed, clips, compute.device, config.batch_size, config.num_workers)
+    predict = partial(
+        predict_videos, timed, device=compute.device, batch_size=config.batch_size, num_workers=config.num_workers,
+        per_clip=config.ceiling,
+    )  # fmt: skip
+    predictions = predict(clips=clips)
     seconds = time.perf_counter() - started
-    results = score(predictions.probs, predictions.labels) | {"clips_per_second": timed.clips_per_second}
-    table = Path(config.out_dir) / f"{Path(name.replace(':', '_')).stem}.{name_clips(root, clips)}.classes.csv"
+    written = Path(config.out_dir) / f"{Path(name.replace(':', '_')).stem}.{name_clips(root, clips)}"
+    table = written.with_name(f"{written.name}.classes.csv")
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {table.parent}: {error.strerror}; choose another --out-dir") from None
-    write_class_table(table, predictions.probs, predictions.labels, victim.classes)
-    chance = 1 / len(victim.classes)
+    video_of = find_video_numbers(clips) if config.ceiling else None
+    results: dict[str, Any] = {"clips_per_second": timed.clips_per_second}
+    line = f"{clips.num_videos} videos of {root}, {config.views} views each"
+    if clips.refs[0].label >= 0:
+        found = tally(predictions.probs, predictions.labels, videos=video_of)
+        results |= average(found) | {"intervals": bootstrap(found)}
+        write_class_table(table, predictions.probs, predictions.labels, victim.classes, video_of)
+        scores = f"{describe_scores(results)}, chance {percent(1 / len(victim.classes))} %,"
+        line += f"; per class: {table}"
+    else:
+        answers = describe_answers(predictions.probs, victim.classes)
+        results |= answers._asdict()
+        scores = (
+            f"no labels; most often {answers.top_class!r}, {percent(answers.top_class_share)} %; mean top probability "
+            f"{percent(answers.confidence)} %, mean entropy {percent(answers.entropy)} % of the largest,"
+        )
     shape = f"{clips.num_frames}x{clips.size}x{clips.size}"
-    scores = f"top-1 {percent(results['top1'])} %, top-5 {percent(results['top5'])} % (chance {percent(chance)} %)"
-    print(f"{printable(name)}: {scores} on clips of {shape}; attacks send clips of another size, on which scores differ")
-    print(printable(f"{clips.num_videos} videos of {root}, {config.views} views each; per class: {table}"))
+    print(printable(f"{name}: {scores} on clips of {shape}; attacks send clips of another size, on which scores differ"))
+    print(printable(line))
     print(f"{timed.clips_per_second:.1f} clips/s in the victim, {len(clips) / seconds:.1f} with decoding, on {compute.device}")
     report_broken(predictions.broken)
+    if config.ceiling:
+        changes = measure_ceiling(predict, clips, predictions.probs, config.ceiling_size, config.ceiling_crf)
+        results["ceiling"] = {change.name: change.scores for change in changes}
+        print_ceiling(changes)
+        write_ceiling(written.with_name(f"{written.name}.ceiling.csv"), changes)
     return results
 
 

@@ -26,7 +26,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from tqdm import tqdm
 
 from extraction.data.clips import report_broken
-from extraction.data.decoding import Unreadable, describe_error, open_video_stream, view_plane
+from extraction.data.decoding import EXACT_COLOURS, Unreadable, describe_error, open_video_stream, view_plane
 from extraction.data.folders import EXTENSIONS
 from extraction.errors import UserError, printable, run_tool
 from extraction.weights import write_atomically
@@ -187,6 +187,29 @@ def _write(
             small.pts, small.time_base = number, 1 / rate
             container.mux(stream.encode(small))
         container.mux(stream.encode())
+
+
+def reencode_clip(clip: np.ndarray, crf: int) -> np.ndarray:
+    """What is left of a clip after H.264: uint8 (T, H, W, 3) in and out, through x264 in memory at this CRF, 0 to 51."""
+    height, width = clip.shape[1:3]
+    layout = "yuv444p" if height % 2 or width % 2 else "yuv420p"  # half the colours want even sides
+    scaler = VideoReformatter()
+    encoder, decoder = av.CodecContext.create("libx264", "w"), av.CodecContext.create("h264", "r")
+    assert isinstance(encoder, av.VideoCodecContext)
+    encoder.width, encoder.height, encoder.pix_fmt = width, height, layout
+    encoder.framerate, encoder.time_base, encoder.thread_count = Fraction(25), Fraction(1, 25), 1
+    encoder.options = {"crf": str(crf), "preset": "veryfast"}
+    decoder.thread_count = 1
+    packets: list[av.Packet] = []
+    for number, pixels in enumerate(clip):
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        frame = scaler.reformat(frame, width, height, layout, interpolation=EXACT_COLOURS, threads=1)
+        frame.pts = number
+        packets += encoder.encode(frame)
+    packets += encoder.encode(None)
+    frames = [frame for packet in [*packets, None] for frame in decoder.decode(packet)]
+    rgb = [scaler.reformat(frame, width, height, "rgb24", interpolation=EXACT_COLOURS, threads=1) for frame in frames]
+    return np.stack([frame.to_ndarray() for frame in rgb])
 
 
 def _turn(frame: av.VideoFrame, turns: int) -> av.VideoFrame:
