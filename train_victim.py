@@ -18,6 +18,7 @@ from extraction.attacks.distill import Training
 from extraction.attacks.losses import cross_entropy, kl_divergence
 from extraction.compute import choose_device
 from extraction.data.augment import Augmentation
+from extraction.data.cache import ClipCache
 from extraction.data.clips import Clips, ClipShape, report_broken
 from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos, list_classes, require_folder
@@ -86,6 +87,8 @@ class Config:
     """Seconds between checkpoints."""
     out_dir: str = "runs/train_victim"
     """The run's folder."""
+    cache_gb: options.Rate = 20.0
+    """Keep at most this many GB of decoded clips beside the run's folder, each set wholly or not at all; 0: none."""
     demo: bool = False
     """Remake the demo's victim: hours on two CPU cores."""
 
@@ -123,9 +126,11 @@ def train(config: Config, run: Run, root: Path, val_root: Path, device: torch.de
     shape = ClipShape(num_frames=config.num_frames, stride=config.stride, size=config.size)
     if config.fps is not None:
         shape["fps"] = config.fps
-    clips = Clips(find_videos(root, classes, "train", config.data_list), clip_interval=config.clip_interval, **shape)
+    cache = ClipCache(Path(config.out_dir).parent / "clip_cache", config.cache_gb)
+    videos = find_videos(root, classes, "train", config.data_list)
+    clips = Clips(videos, clip_interval=config.clip_interval, cache=cache, **shape)
     queries = QuerySet(clips, Augmentation(config.hflip, config.brightness, config.rotation), seed=config.seed)
-    val = Clips(find_videos(val_root, classes, "val", config.val_list), views=(1, 1), **shape)
+    val = Clips(find_videos(val_root, classes, "val", config.val_list), views=(1, 1), cache=cache, **shape)
     evaluator = Evaluator(val, classes, device, config.batch_size, config.num_workers, allow_overlap=config.allow_overlap)
     peaks = config.lr, config.lr if config.body_lr is None else config.body_lr
     optimizer = torch.optim.AdamW(parameter_groups(model, config.architecture, *peaks), weight_decay=config.weight_decay)

@@ -95,7 +95,7 @@ class Candidate(NamedTuple):
 @experiment
 def main(config: Config, run: Run) -> dict:
     distributed.require_one_process("the search")
-    images = Images(config.images, 1, len(config.layers), config.size, config.seed)
+    images = Images(config.images, 1, len(config.layers), config.size, config.seed, config.cache)
     compute, victim, evaluator = open_attack(config, run)
     student = compute.prepare(create_student(config.student, victim.num_classes, config.student_weights))
     run.begin()

@@ -58,7 +58,7 @@ DEMO = options.DEMO | dict(
 @experiment
 def main(config: Config, run: Run) -> dict:
     compute, victim, evaluator = open_attack(config, run)
-    images = Images(config.images, config.num_clips, len(config.layers), config.size, config.seed)
+    images = Images(config.images, config.num_clips, len(config.layers), config.size, config.seed, config.cache)
     motion = Motion(config.num_frames, config.layers)
     queries = QuerySet(images, motion, config.views_per_clip, config.seed, create_clips)
     student = compute.prepare(create_student(config.student, victim.num_classes, config.student_weights))

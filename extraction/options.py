@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from extraction.data.clips import ClipShape
+from extraction.data.cache import ClipCache
+from extraction.data.clips import ClipOptions
 from extraction.data.images import Layer
 from extraction.errors import UserError
 
@@ -93,13 +94,25 @@ class Options(ComputeOptions):
     """Seconds between checkpoints."""
     out_dir: str | None = None
     """The run's folder; by default runs/<script>, with --demo runs/<script>_demo."""
+    clip_cache: str | None = None
+    """Folder of decoded clips, which runs share; by default clip_cache beside the run's folder."""
+    cache_gb: Rate = 20.0
+    """Keep at most this many GB of decoded clips in --clip-cache, each set of clips wholly or not at all; 0: none."""
     demo: bool = False
     """Run on the built-in demo set and victims: minutes on two CPU cores, no download."""
 
     @property
-    def shape(self) -> ClipShape:
-        """Frames, temporal stride and size of a clip, as `Clips` takes them."""
-        return ClipShape(num_frames=self.num_frames, stride=self.stride, size=self.size, fps=self.fps)
+    def shape(self) -> ClipOptions:
+        """Frames, temporal stride and size of a clip, and where decoded ones are kept, as `Clips` takes them."""
+        return ClipOptions(num_frames=self.num_frames, stride=self.stride, size=self.size, fps=self.fps, cache=self.cache)
+
+    @property
+    def cache(self) -> ClipCache | None:
+        """Where decoded clips are kept: nowhere by a run of one epoch, which would not come back to them."""
+        if getattr(self, "epochs", None) == 1:
+            return None
+        beside = Path(self.out_dir).parent if self.out_dir else Path("runs")
+        return ClipCache(Path(self.clip_cache) if self.clip_cache else beside / "clip_cache", self.cache_gb)
 
 
 @dataclass(frozen=True, kw_only=True)

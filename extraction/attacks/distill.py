@@ -103,6 +103,8 @@ class Training:
         refs, total = self.queries.clips.refs, self.epochs * len(self.queries)
         done = min(first * self.order.batch_size, total)
         self._bar = tqdm(total=total, initial=done, desc=self.run.experiment, unit="clip", dynamic_ncols=True)
+        if self.device.type == "cpu":
+            self.queries.keep_views(self.epochs)
         shares = map(distributed.shard, self.order.batches_from(first))
         loader = load_batches(self.queries.clips, shares, self.num_workers, pin_memory=self.device.type == "cuda")
         batches = prefetch(loader, first, self.order.per_epoch, self._query, self.prefetch_answers)

@@ -29,11 +29,14 @@ def view_key(seed: int, clip_key: str, view: int, augmentation: NamedTuple) -> b
 
 def create_views(clips: Tensor, keys: Sequence[bytes], augmentation: Augmentation) -> Tensor:
     """Turn uint8 (B, T, H, W, C) clips into the views that `keys` name: float (B, C, T, H, W) in [0, 1], same device."""
-    return augment(clips.permute(0, 4, 1, 2, 3).float().div_(255.0), keys, augmentation)
+    pixels = clips.permute(0, 4, 1, 2, 3)
+    if augmentation.rotation:  # which wants them in this order: as bytes they are a quarter to move
+        pixels = pixels.contiguous()
+    return augment(pixels.float().div_(255.0), keys, augmentation)
 
 
 def augment(views: Tensor, keys: Sequence[bytes], augmentation: Augmentation) -> Tensor:
-    """Augment float (B, C, T, H, W) clips in [0, 1], each as its key draws."""
+    """Augment float (B, C, T, H, W) clips in [0, 1], each as its key draws. Their memory may be written to."""
 
     def to_device(values: np.ndarray) -> Tensor:  # without waiting for what the device is busy with
         return torch.from_numpy(values.astype(np.float32)).to(views.device, non_blocking=True)
@@ -54,5 +57,5 @@ def augment(views: Tensor, keys: Sequence[bytes], augmentation: Augmentation) ->
     elif augmentation.hflip:
         views = torch.where(to_device(flip)[:, None, None, None, None] < 0, views.flip(4), views)
     if augmentation.brightness:
-        views = views * to_device(factor)[:, None, None, None, None]
+        views = views.mul_(to_device(factor)[:, None, None, None, None])
     return views.clamp_(0.0, 1.0)

@@ -9,7 +9,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from extraction.data.cache import ClipCache, Source, open_cache
 from extraction.data.decoding import Broken, Probe, Unreadable, decode_clip, probe
 from extraction.data.folders import Video
 from extraction.errors import UserError, printable
@@ -31,6 +33,12 @@ class ClipShape(TypedDict):
     stride: int
     size: int
     fps: NotRequired[float | None]
+
+
+class ClipOptions(ClipShape):
+    """What `Clips` takes beside its videos in all scripts: the shape of a clip, and where decoded clips are kept."""
+
+    cache: ClipCache | None
 
 
 class ClipRef(NamedTuple):
@@ -58,8 +66,8 @@ class Clips(Dataset):
     rates take as near to `fps` frames a second as every n-th frame comes.
 
     With `views=(N, M)` each video gives N clips spread evenly over its length, each in M crops along the long side: the
-    way videos are scored. `broken` lists the videos that were left out, each with its reason; UserError is raised when that
-    leaves a class empty.
+    way videos are scored. With `cache` clips of a given size are decoded once and kept (`extraction.data.cache`). `broken`
+    lists the videos that were left out, each with its reason; UserError is raised when that leaves a class empty.
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class Clips(Dataset):
         clip_interval: int | None = None,
         size: int | None = None,
         views: tuple[int, int] | None = None,
+        cache: ClipCache | None = None,
         desc: str = "looking at videos",
         fps: float | None = None,
     ):
@@ -103,6 +112,9 @@ class Clips(Dataset):
                         self.refs.append(ClipRef(video.path, start, video.label, key, self.num_videos, crop, stride))
                 self.num_videos += 1
         self._refuse_empty_classes(videos)
+        sources = [Source(ref.key, [ref.path]) for ref in self.refs]
+        self.cache = cache
+        self.kept = open_cache(cache, sources, (num_frames, size, size, 3)) if size else None
 
     def _refuse_empty_classes(self, videos: Sequence[Video]) -> None:
         lost = {video.label for video in videos} - {ref.label for ref in self.refs}
@@ -117,8 +129,9 @@ class Clips(Dataset):
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | Broken]:
         """The clip as uint8 (T, H, W, 3), or the file that it can't be had from."""
         ref = self.refs[index]
+        decode = partial(decode_clip, ref.path, ref.start, self.num_frames, ref.stride, self.size, ref.crop)
         try:
-            return index, decode_clip(ref.path, ref.start, self.num_frames, ref.stride, self.size, ref.crop)
+            return index, self.kept.get(index, decode) if self.kept else decode()
         except Unreadable as error:
             return index, Broken(ref.path, str(error))
 
@@ -154,15 +167,55 @@ def load_batches(
 ) -> Iterator[Batch]:
     """A `Batch` for each list of indices in `batches`, in order, decoded in `num_workers` processes.
 
-    There are never more processes than cores. Each is up to `prefetch` batches ahead; more than 2 is not faster
-    (`benchmarks/loader.py`), and every batch ahead takes its place in shared memory. When a worker is killed (the system does
-    so when memory is short) all are started again from the batch that is missing; the fourth time raises UserError.
+    Once all of the dataset is kept on disk as many threads read it instead: handing a clip over from another process takes
+    longer than reading it. There are never more workers than cores. Each is up to `prefetch` batches ahead; more than 2 is not
+    faster (`benchmarks/loader.py`), and every batch ahead takes its place in shared memory. When a worker is killed (the system
+    does so when memory is short) all are started again from the batch that is missing; the fourth time raises UserError.
     """
-    num_workers = min(num_workers, count_cores())
-    source, waiting = iter(batches), deque[Sequence[int]]()
+    num_workers, source = min(num_workers, count_cores()), iter(batches)
+    kept = getattr(dataset, "kept", None) if num_workers else None
+    to_read: list[Sequence[int]] = []
+
+    def until_complete() -> Iterator[Sequence[int]]:
+        for batch in source:
+            if kept is not None and kept.complete():
+                to_read.append(batch)
+                return
+            yield batch
+
+    if kept is None or not kept.complete():  # no process is started for nothing
+        yield from _load_in_processes(dataset, until_complete(), num_workers, pin_memory, prefetch)
+    yield from _load_in_threads(dataset, itertools.chain(to_read, source), max(1, num_workers), pin_memory, prefetch)
+
+
+def _load_in_threads(
+    dataset: Any, batches: Iterable[Sequence[int]], num_threads: int, pin_memory: bool, prefetch: int
+) -> Iterator[Batch]:
+    def load(batch: Sequence[int]) -> Batch:
+        loaded = collate([dataset[index] for index in batch])
+        return loaded._replace(clips=loaded.clips.pin_memory()) if pin_memory else loaded
+
+    source, waiting = iter(batches), deque[Future[Batch]]()
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            while True:
+                waiting.extend(
+                    pool.submit(load, batch) for batch in itertools.islice(source, prefetch * num_threads - len(waiting))
+                )
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _load_in_processes(
+    dataset: Any, batches: Iterator[Sequence[int]], num_workers: int, pin_memory: bool, prefetch: int
+) -> Iterator[Batch]:
+    waiting = deque[Sequence[int]]()
 
     def remember() -> Iterator[Sequence[int]]:
-        for batch in source:
+        for batch in batches:
             waiting.append(batch)
             yield batch
 

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from extraction.data.cache import ClipCache, Source, open_cache
 from extraction.data.decoding import Broken
 from extraction.data.demo import locked
 from extraction.data.folders import require_folder
@@ -74,7 +76,9 @@ class Images(Dataset):
     for a missing folder and for one without a readable image.
     """
 
-    def __init__(self, root: str | Path, num_clips: int | None, num_layers: int, size: int, seed: int = 0):
+    def __init__(
+        self, root: str | Path, num_clips: int | None, num_layers: int, size: int, seed: int = 0, cache: ClipCache | None = None
+    ):
         root = require_folder(root, "a tree of unrelated images")
         paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
         self.size, self.broken, self.files = size, [], []
@@ -88,6 +92,8 @@ class Images(Dataset):
         if not self.files:
             why = f" ({self.broken[0][0].name}: {self.broken[0][1]})" if self.broken else ""
             raise UserError(f"{root}: no readable image in it{why}; put images there (jpg, png, ...)")
+        sources = [Source(f"{mark}:{size}", [path]) for path, mark in self.files]
+        self.cache, self.kept = cache, open_cache(cache, sources, (size, size, 3))
         draw = np.random.default_rng(seed)
         self.refs: list[ImageRef] = []
         while len(self.refs) < (num_clips or len(self.files)):
@@ -113,12 +119,16 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> tuple[int, np.ndarray | Broken]:
         """The pictures as uint8 (num_layers, H, W, 3), or the first file among them that can't be read."""
         pictures = []
-        for path in (self.files[k][0] for k in self.refs[index].pictures):
+        for k in self.refs[index].pictures:
             try:
-                pictures.append(read_image(path, self.size))
+                pictures.append(self._read(k))
             except _UNREADABLE as error:
-                return index, Broken(path, _reason(error))
+                return index, Broken(self.files[k][0], _reason(error))
         return index, np.stack(pictures)
+
+    def _read(self, number: int) -> np.ndarray:
+        read = partial(read_image, self.files[number][0], self.size)
+        return self.kept.get(number, read) if self.kept else read()
 
 
 # What PIL raises for files that are damaged, not images, or too large to be meant.

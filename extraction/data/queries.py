@@ -1,12 +1,16 @@
 """The query set: the clips to send to a victim, in the augmented views in which they are sent."""
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from extraction.data.augment import create_views, view_key
+from extraction.data.cache import KeptItems, Source, name_item, open_cache
 
 
 class Ref(Protocol):
@@ -51,6 +55,8 @@ class QuerySet:
     ):
         self.clips, self.augmentation, self.make_views = clips, augmentation, make_views
         self.views_per_clip, self.seed = views_per_clip, seed
+        self._kept: KeptItems | None = None
+        self._places: dict[bytes, int] = {}  # of the views that are kept
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -62,7 +68,41 @@ class QuerySet:
 
     def views(self, loaded: Tensor, keys: Sequence[bytes]) -> Tensor:
         """What the loader gave, uint8 (B, ...) -> float (B, C, T, H, W) in [0, 1], on the same device."""
-        return self.make_views(loaded, keys, self.augmentation) if len(keys) else loaded
+        if not len(keys):
+            return loaded
+        if self._kept is None:
+            return self.make_views(loaded, keys, self.augmentation)
+        places, views = [self._places[key] for key in keys], torch.empty(len(keys), *self._kept.shape)
+        held = [self._kept.read(place, view.numpy()) for place, view in zip(places, views, strict=True)]
+        if not all(held):
+            views = self.make_views(loaded, keys, self.augmentation)
+            for place, view, kept in zip(places, views, held, strict=True):
+                if not kept:
+                    self._kept.write(place, self._kept.name(place), view.numpy())
+        return views
+
+    def keep_views(self, epochs: int) -> None:
+        """Keep views where the dataset keeps its clips, if the epochs show each at least three times: on a CPU, where making
+        one takes longer than reading four times a clip's bytes. Not those that are as quickly made: nothing is turned."""
+        cache = getattr(self.clips, "cache", None)
+        if cache is None or self.views_per_clip is None or epochs < 3 * self.views_per_clip:
+            return
+        _, loaded = self.clips[0]
+        if not isinstance(loaded, np.ndarray):
+            return
+        like = self.make_views(torch.from_numpy(loaded)[None], self.keys([0], 0), self.augmentation)
+        if not like.is_contiguous():
+            return
+        keys = [key for view in range(self.views_per_clip) for key in self.keys(range(len(self)), view)]
+        sources = [
+            Source(key.hex(), [ref.path])
+            for key, (_, ref) in zip(keys, product(range(self.views_per_clip), self.clips.refs), strict=True)
+        ]
+        maker = f"PyTorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+        # Named by the files as they are now: views are made a while after their clips are loaded.
+        names = [name_item(source) for source in sources]
+        self._kept = open_cache(cache, sources, tuple(like.shape[1:]), np.float32, maker, names)
+        self._places = {key: place for place, key in enumerate(keys)}
 
     def count_queries(self, epochs: int) -> int:
         """The most queries that this many epochs need."""
