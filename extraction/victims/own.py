@@ -58,7 +58,7 @@ def wrap_module(net: nn.Module, classes: Sequence[str], clip: dict[str, Any], wh
     if isinstance(net, VideoModel) and clip:
         raise UserError(f"{where}: a VideoModel says itself what its clips are; leave {', '.join(clip)} away")
     model = net if isinstance(net, VideoModel) else VideoModel(net, clip.get("frames"), clip.get("size"), *normalisation(clip))
-    model.eval()
+    model.eval().cpu()
     size = model.size or 112
     with torch.no_grad():
         answer = model(torch.zeros(1, 3, model.num_frames or 16, size, size))
@@ -71,8 +71,9 @@ def wrap_module(net: nn.Module, classes: Sequence[str], clip: dict[str, Any], wh
 
 def keep_module(net: nn.Module, classes: Sequence[str], clip: dict[str, Any], where: str) -> Callable[..., Any]:
     """A loader of copies of `net`, so that what becomes of the victim does not touch it. Raises UserError as `wrap_module`."""
-    kept, names = copy.deepcopy(net).cpu(), list(classes)
+    names = list(classes)
     try:
+        kept = copy.deepcopy(net)
         wrap_module(copy.deepcopy(kept), names, clip, where)
     except UserError:
         raise

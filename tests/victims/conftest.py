@@ -47,8 +47,8 @@ def write_tflite() -> Callable[..., Path]:
     """`write_tflite(path, tensors, operators, inputs, outputs, names)`: a TFLite file of a few operators.
 
     `tensors`: name -> an array (a constant), or (shape, dtype) with -1 for any extent, or (shape, dtype, scale, zero point).
-    `operators`: (kind, names of inputs, names of outputs). `names`: tensor -> its name in the signature; without them there is
-    none. `quantised`: scale and zero point of constants.
+    `operators`: (kind, names of inputs, names of outputs); a kind that TFLite lacks is a custom one. `names`: tensor -> its name
+    in the signature; without them there is none. `quantised`: scale and zero point of constants.
     """
     pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed: pip install -e '.[tflite]'")
     import flatbuffers
@@ -95,7 +95,8 @@ def write_tflite() -> Callable[..., Path]:
         graph.inputs, graph.outputs = [order.index(name) for name in inputs], [order.index(name) for name in outputs]
         for number, (kind, taken, made) in enumerate(operators):
             code, operator = schema.OperatorCodeT(), schema.OperatorT()
-            code.builtinCode, code.version = getattr(schema.BuiltinOperator, kind), 1
+            code.builtinCode, code.version = getattr(schema.BuiltinOperator, kind, schema.BuiltinOperator.CUSTOM), 1
+            code.customCode = kind if code.builtinCode == schema.BuiltinOperator.CUSTOM else None
             code.deprecatedBuiltinCode = min(code.builtinCode, 127)
             operator.opcodeIndex = number
             operator.inputs, operator.outputs = [order.index(name) for name in taken], [order.index(name) for name in made]

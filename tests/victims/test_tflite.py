@@ -333,6 +333,15 @@ def test_other_things_that_do_not_fit_get_one_line(write_whole, classes, tmp_pat
     assert load_error(f"tflite:{path}").endswith("pip install -e '.[tflite]'")
 
 
+@pytest.mark.parametrize("kind", ["FlexErf", "SomebodysOwn"])
+def test_operators_of_others_are_refused(write_tflite, tmp_path, load_error, kind):
+    tensors = {"clip": ((1, 4, 6, 6, 3), np.float32), "logits": ((1, 5), np.float32)}
+    path = write_tflite(tmp_path / "custom.tflite", tensors, [(kind, ["clip"], ["logits"])], ["clip"], ["logits"])
+    line = load_error(f"tflite:{path}")
+    assert "not a TFLite model that can be opened" in line
+    assert kind in line or "Select TensorFlow op" in line
+
+
 @pytest.mark.parametrize("count", [6, pytest.param(250, marks=pytest.mark.slow)])
 def test_damaged_files_get_one_line(write_whole, write_stream, classes, tmp_path, open_damaged, count):
     seeds = [write_whole(tmp_path / "whole").read_bytes(), write_stream(tmp_path / "stream").read_bytes()]
