@@ -47,8 +47,8 @@ def write_tflite() -> Callable[..., Path]:
     """`write_tflite(path, tensors, operators, inputs, outputs, names)`: a TFLite file of a few operators.
 
     `tensors`: name -> an array (a constant), or (shape, dtype) with -1 for any extent, or (shape, dtype, scale, zero point).
-    `operators`: (kind, names of inputs, names of outputs); a kind that TFLite lacks is a custom one. `names`: tensor -> its name
-    in the signature; without them there is none. `quantised`: scale and zero point of constants.
+    `operators`: (kind, names of inputs, names of outputs); a kind that TFLite lacks is a custom one. `names`: tensor -> name
+    in the signature, without them there is none. `quantised`: scale and zero point of constants.
     """
     pytest.importorskip("ai_edge_litert", reason="ai-edge-litert is not installed: pip install -e '.[tflite]'")
     import flatbuffers
