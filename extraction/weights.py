@@ -90,6 +90,7 @@ def _is_whole(about: Any) -> bool:
         and all(isinstance(word, str) for word in words)
         and all(type(count) is int and count > 0 for count in counts)
         and type(about.get("num_queries", 0)) is int
+        and type(about.get("fps", 1.0)) in (int, float) and about.get("fps", 1.0) > 0
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from extraction.data.clips import Clips
+from extraction.data.decoding import Broken
 from extraction.data.folders import Video
 from extraction.data.transcode import reencode_clip
 from extraction.evaluation.ceiling import Reencoded, measure_ceiling, print_ceiling, recut, write_ceiling
@@ -85,4 +86,13 @@ def test_reencoding_damages_more_at_a_higher_crf_and_keeps_the_shape(demo_set):
         assert loss[1] < loss[20] < loss[40]
         assert loss[1] < (4 if size == 48 else 2)  # half the colours are lost where the sides are even
         assert loss[40] > 3
-    assert isinstance(Reencoded(Clips(videos, 16), 30)[0][1], np.ndarray)
+
+
+def test_a_clip_that_cannot_be_decoded_is_left_out_of_every_change(write_counting_video, tmp_path):
+    videos = [Video(write_counting_video(tmp_path / f"{name}.mp4", 20), -1) for name in "ab"]
+    clips = Clips(videos, 8, size=32, views=(1, 1))
+    videos[1].path.write_bytes(b"no video any more")
+    assert isinstance(Reencoded(clips, 30)[1][1], Broken)
+    predict = partial(predict_videos, lambda batch: torch.eye(len(batch), 4), device="cpu", per_clip=True)
+    changes = measure_ceiling(predict, clips, predict(clips=clips).probs, 16, 30)
+    assert [change.scores["agreement_at_1"] for change in changes] == [1.0] * 4

@@ -233,6 +233,7 @@ def test_truncated_safetensors(tmp_path):
     [
         [1, 2], "words", None, dict(classes="abc"), dict(classes=[]), dict(classes=[1]), dict(num_frames="16"), dict(size=0),
         dict(num_frames=True), dict(stride=1.5), dict(student=5), dict(architecture=["swin"]), dict(num_queries="many"),
+        dict(fps=0), dict(fps="5"),
     ],
 )  # fmt: skip
 def test_metadata_of_another_form_is_named(about, tmp_path, error_line):
