@@ -64,7 +64,7 @@ def measure_ceiling(predict: Predict, clips: Clips, victim_probs: Tensor, size: 
 def recut(clips: Clips, change: Callable[[ClipRef], ClipRef], size: int | None = None) -> Clips:
     """The same clips with another start or stride, which `change` gives a `ClipRef`, or of another size."""
     other = copy.copy(clips)
-    other.size = size or clips.size
+    other.size, other.kept = size or clips.size, None  # what is kept on disk are the clips as they were
     other.refs = []
     for ref in map(change, clips.refs):
         fingerprint = ref.key.partition(":")[0]

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from extraction.data.cache import ClipCache
 from extraction.data.clips import Clips
 from extraction.data.decoding import Broken
 from extraction.data.folders import Video
@@ -23,6 +24,13 @@ def test_a_recut_clip_is_named_as_clips_names_it(write_counting_video, tmp_path)
     assert [ref.key.split(":")[1:3] for ref in later.refs] == [[str(ref.start + 1), "8x2"] for ref in clips.refs]
     (_, clip), (_, whole) = later[0], Clips([video], 60)[0]
     assert np.abs(clip[:, 16, 16, 0].astype(int) - whole[later.refs[0].start :: 2, 24, 32, 0][:8]).max() <= 1
+    # What is kept on disk are the clips as they were.
+    kept = Clips([video], 8, stride=4, size=32, views=(2, 1), cache=ClipCache(tmp_path / "cache", 1.0))
+    assert all(np.array_equal(kept[0][1], clips[0][1]) for _ in range(2))
+    assert kept.kept is not None
+    again = recut(kept, lambda ref: ref._replace(start=ref.start + 1, stride=2))
+    assert np.array_equal(again[0][1], clip)
+    assert not np.array_equal(kept[0][1], clip)
 
 
 def test_a_victim_that_looks_at_one_frame_disagrees_as_often_as_that_frame_moves(write_counting_video, tmp_path, capsys):
