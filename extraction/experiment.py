@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from torch import Tensor
 
 from extraction import distributed
 from extraction.compute import Compute, choose_compute
-from extraction.data.clips import Clips
+from extraction.data.clips import Clips, load_batches
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data.folders import Video, find_aux_folders, find_videos, require_folder
 from extraction.data.images import write_demo_images
@@ -22,11 +23,15 @@ from extraction.evaluation.results import QUERY_BUDGET, print_results, say_how_t
 from extraction.evaluation.scoring import Evaluator
 from extraction.options import Options, ScoredVictimOptions, VictimOptions, check_options, parse_options
 from extraction.runs import Run
-from extraction.students import find_weights, require_student
+from extraction.students import find_weights as find_student_weights
+from extraction.students import require_student
+from extraction.victims.defences import check_defence, derive_key, fit_defence, parse_detector
+from extraction.victims.detectors import DETECTORS, Stream, count_false_alarms, split_accounts, thumbnail
 from extraction.victims.ledger import Ledger
 from extraction.victims.query_interface import Victim, VictimModel
 from extraction.victims.record import Record
-from extraction.victims.zoo import load_model
+from extraction.victims.wire import name_wire
+from extraction.victims.zoo import find_weights, load_model
 
 PROJECT = Path(__file__).parents[1]
 
@@ -43,6 +48,9 @@ def experiment(main: Callable[[Any, Run], dict]) -> Callable[[Any], dict]:
         script = Path(inspect.getfile(main)).stem
         check_options(config)
         _require_student(config)
+        if isinstance(config, VictimOptions):
+            _name_defence(config)
+            name_wire(config.wire)
         if config.demo:
             _write_demo_data(config)
         _require_folders(config)
@@ -56,6 +64,10 @@ def experiment(main: Callable[[Any, Run], dict]) -> Callable[[Any], dict]:
     return run_experiment
 
 
+def _name_defence(config: VictimOptions) -> str | None:
+    return check_defence(config.defence, config.defence_strength, config.defence_after, config.answers)
+
+
 def _write_demo_data(config: Any) -> None:
     with_videos = hasattr(config, "in_domain") or hasattr(config, "aux")
     write_demo_set("datasets/demo", ATTACK_SPLITS if with_videos else {"val": ATTACK_SPLITS["val"]})
@@ -66,7 +78,7 @@ def _write_demo_data(config: Any) -> None:
 def _require_student(config: Any) -> None:
     """Raise UserError for a student that is none, and for weights that are missing."""
     require_student(config.student)
-    if config.student_weights is not None and not find_weights(config.student, config.student_weights).is_file():
+    if config.student_weights is not None and not find_student_weights(config.student, config.student_weights).is_file():
         raise UserError(f"student weights {config.student_weights} not found: {_say_whence(config)}")
 
 
@@ -132,18 +144,19 @@ def open_attack(config: Any, run: Run, *, exact: bool = False) -> Attack:
         return compute.prepare(bare)
 
     if isinstance(config, VictimOptions):
-        answers, budget, decimals = config.answers, config.query_budget, config.decimals
+        answers, budget, decimals, wire = config.answers, config.query_budget, config.decimals, config.wire
+        defence = _name_defence(config)
     else:
-        answers, budget, decimals = "label", 0, None
+        answers, budget, decimals, wire, defence = "label", 0, None, None, None
 
     def open_interface(num_queries: int) -> Victim:
-        return Victim(load(), answers, budget, decimals, num_queries)
+        return Victim(load(), answers, budget, decimals, num_queries, wire)
 
     path, sources = run.folder / "ledger.sqlite", ()
     if isinstance(config, VictimOptions):
         path, sources = Path(config.ledger or path), config.answers_from
     shared = path.parent != run.folder
-    victim = Ledger(path, open_interface, answers, decimals, exact, sources, shared)
+    victim = Ledger(path, open_interface, answers, decimals, exact, sources, shared, defence, wire)
     if not shared and budget is not None and victim.num_queries > budget:
         victim.close()
         raise UserError(
@@ -154,8 +167,60 @@ def open_attack(config: Any, run: Run, *, exact: bool = False) -> Attack:
         val, victim.classes, compute.device, config.batch_size, config.num_workers, victim, load, config.min_victim_top1,
         getattr(config, "allow_overlap", False),
     )  # fmt: skip
+    if isinstance(config, VictimOptions) and config.defence is not None:
+        _defend(victim, evaluator, config, load)
     torch.manual_seed(config.seed)  # building a victim draws random numbers
     return Attack(compute, victim, evaluator)
+
+
+def _defend(ledger: Ledger, evaluator: Evaluator, config: VictimOptions, load: Callable[[], VictimModel]) -> None:
+    """Put a defence before the victim's answers, fitted to what its owner has: the answers to held-out videos."""
+    assert evaluator.victim_probs is not None
+    assert config.defence is not None
+    honest, name, after = evaluator.victim_probs, config.defence, config.defence_after
+
+    def fit(key: bytes) -> dict[str, Any]:
+        defence = fit_defence(name, config.defence_strength, honest[honest.sum(1) > 0], key)
+        return dict(defence=defence, detector=None if after is None else _fit_detector(after, evaluator.clips, honest))
+
+    def find_key() -> bytes:  # of an exported graph the file alone has the weights, of a user's own loader the model may
+        return derive_key(find_weights(config.victim, config.victim_weights) or load().state_dict())
+
+    constants = ledger.defend(find_key, fit)
+    if constants is not None:
+        cost = constants["defence"]
+        changed = f"L1 {cost['l1']:.3g}, {100 * cost['flips']:.1f} % of top classes changed"
+        when = "" if after is None else f", after an alarm of {after}"
+        print(f"defence {name}, on the victim's answers to held-out videos: mean {changed}{when}", flush=True)
+
+
+def _fit_detector(after: str, clips: Clips, probs: Tensor) -> tuple[str, dict[str, Any]]:
+    """A detector's name and constants, fitted to accounts that send held-out clips in random order, of a thousand at most.
+
+    Every second video is in these accounts; those of the others count the false alarms that are printed. A histogram of 100
+    takes more clips than there may be, so that for `confidence` they are drawn again and again, as HODA's are.
+    """
+    name, constants = parse_detector(after)
+    if constants is not None:
+        return name, constants
+    chosen = range(0, len(clips), max(1, len(clips) // 1000))
+    loaded = list(load_batches(clips, [chosen[i : i + 16] for i in range(0, len(chosen), 16)], num_workers=0))
+    kept = [batch for batch in loaded if batch.indices]
+    thumbnails = torch.cat([thumbnail(batch.clips.permute(0, 4, 1, 2, 3) / 255.0) for batch in kept])
+    places = torch.tensor([i for batch in kept for i in batch.indices])
+    videos = torch.tensor([clips.refs[i].video for batch in kept for i in batch.indices])
+    order = torch.Generator().manual_seed(0)
+    accounts = []
+    for number in range(20):
+        own = (videos % 2 == number % 2).nonzero()[:, 0]
+        again = torch.randint(len(own), (5000,), generator=order) if name == "confidence" else None
+        own = own[torch.randperm(len(own), generator=order) if again is None else again]
+        accounts.append(Stream(thumbnails[own], probs[places[own]], videos[own]))
+    to_fit, others = split_accounts(accounts)
+    constants = DETECTORS[name].fit(to_fit)
+    alarms = count_false_alarms(lambda: DETECTORS[name].create(**constants), others)
+    print(f"{name}: {alarms.alarmed} false alarms in {alarms.accounts} accounts of {len(others[0].probs)} queries")
+    return name, constants
 
 
 def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None = None) -> None:

@@ -141,6 +141,20 @@ class VictimOptions(ScoredVictimOptions):
     """What the victim returns for a clip."""
     decimals: Annotated[int, Range(0, 9)] | None = None
     """Round the victim's numbers to this many decimals."""
+    defence: (
+        Literal[
+            "noise", "reverse_sigmoid", "mad", "mad_argmax", "modelguard_w", "modelguard_s", "misinformation", "dawn",
+            "label", "lie", "nothing",
+        ]
+        | None
+    ) = None  # fmt: skip
+    """What the victim does to its answers against extraction (docs/defences.md); None: nothing."""
+    defence_strength: Annotated[float, Range(1e-6, 2)] | None = None
+    """What the defence may cost honest users: the mean L1 distance of its answers to --val from the true ones, up to 2."""
+    defence_after: str | None = None
+    """Answer truly until this detector's alarm: quota:N, prada, near_duplicates or confidence; None: defend from the start."""
+    wire: str | None = None
+    """How clips reach the victim: float, uint8, or h264 or h264:CRF, encoded and decoded again; None: as floats."""
     query_budget: Natural | None = None
     """Answer at most this many clips; when the budget ends the run, the student is saved and scored."""
     ledger: str | None = None

@@ -148,9 +148,9 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         ) from None
 
 
-def fingerprint(path: str | Path) -> str:
-    """A short name for the content of a file, or of a folder's files."""
-    path, digest = Path(path), hashlib.blake2b(digest_size=8)
+def fingerprint(path: str | Path, digest_size: int = 8) -> str:
+    """A short name for the content of a file, or of a folder's files. One of another size follows from no shorter one."""
+    path, digest = Path(path), hashlib.blake2b(digest_size=digest_size)
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             with file.open("rb") as stream:
@@ -159,9 +159,9 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_state(state: Mapping[str, Tensor]) -> str:
+def fingerprint_state(state: Mapping[str, Tensor], digest_size: int = 8) -> str:
     """A short name for the names, shapes and values of a state dict."""
-    digest = hashlib.blake2b(digest_size=8)
+    digest = hashlib.blake2b(digest_size=digest_size)
     for key, value in state.items():
         digest.update(f"{key} {value.dtype} {tuple(value.shape)};".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -19,6 +19,9 @@ from extraction.weights import save_weights
 # What the scores are called on screen.
 SCORES = {"top1": "top-1", "top5": "top-5", "agreement_at_1": "agreement@1", "agreement_at_5": "agreement@5"}
 QUERY_BUDGET = "query budget"  # what `stopped` says of a run that its budget ended
+# The options that tell runs of one experiment apart.
+_DEFENCE = ("defence", "defence_strength", "defence_after", "wire")
+_NAMING = ("victim", "answers", "decimals", *_DEFENCE, "query_budget", "seed", "student")
 
 
 def finish(
@@ -163,7 +166,7 @@ def _tell_apart(runs: Sequence[dict]) -> list[str]:
         same = [other for other in runs if other["experiment"] == run["experiment"]]
         differs = [
             f"{key.replace('_', ' ')} {run.get('config', {}).get(key)}"
-            for key in ("victim", "answers", "decimals", "query_budget", "seed", "student")
+            for key in _NAMING
             if len({str(other.get("config", {}).get(key)) for other in same}) > 1
         ]
         if not differs and len(same) > 1:

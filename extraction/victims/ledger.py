@@ -27,6 +27,9 @@ from torch import Tensor
 
 from extraction import distributed
 from extraction.errors import BudgetExhausted, UserError, printable, run_tool
+from extraction.victims.defences import Defence, hash_key
+from extraction.victims.query_interface import defend, take_records
+from extraction.victims.wire import name_wire
 from extraction.weights import write_atomically
 
 _SCHEMA = """
@@ -36,8 +39,10 @@ CREATE TABLE IF NOT EXISTS answers (id INTEGER PRIMARY KEY, key BLOB NOT NULL UN
 CREATE TABLE IF NOT EXISTS asked (key BLOB PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS merged (id TEXT PRIMARY KEY, num_queries INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS evaluator (key BLOB PRIMARY KEY, answer BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS defence (id INTEGER PRIMARY KEY, record BLOB NOT NULL);
 """
 _STEPS = 2048.0
+_UNDEFENDED = dict(defence="None", wire="float")  # what a ledger that does not say its defence or its wire has
 
 
 def encode_answers(answers: Tensor, answer_type: str) -> list[bytes]:
@@ -85,8 +90,10 @@ class Ledger:
         exact: bool = False,
         answers_from: Sequence[str | Path] = (),
         shared: bool = False,
+        defence: str | None = None,
+        wire: str | None = None,
     ):
-        self.shared = shared
+        self.shared, self._defended = shared, defence is None
         self.path, self.answers, self.decimals = Path(path), answers, decimals
         self._layout = "logits" if exact and answers != "label" else answers  # probabilities packed as logits are
         self._database: Any = None  # of several processes the main one has it
@@ -94,7 +101,8 @@ class Ledger:
         self._reserved: set[bytes] = set()
         kept = distributed.on_main_process(self._open)
         self.num_unanswered = int(kept.pop("num_unanswered", 0))  # counted before a crash that lost their answers
-        wanted = dict(answers=answers, decimals=str(decimals), layout=self._layout)
+        self._unlike = dict(defence=str(defence), wire=name_wire(wire))
+        wanted = dict(answers=answers, decimals=str(decimals), layout=self._layout, **self._unlike)
         if int(kept.get("num_queries", 0)) + len(self) > 0:  # a run that failed before its first query binds nobody
             self._check(kept, wanted)
         try:
@@ -137,6 +145,7 @@ class Ledger:
         for path in paths:
             database, about = open_existing(path)
             wanted = dict(victim=self.victim, fingerprint=self.fingerprint, answers=self.answers, decimals=str(self.decimals))
+            about, wanted = _UNDEFENDED | about, wanted | self._unlike
             for name, value in wanted.items():
                 if about[name] != value:
                     raise UserError(f"--answers-from {path}: its {name} is {about[name]}, this run's is {value}")
@@ -164,7 +173,7 @@ class Ledger:
 
     def _check(self, kept: dict[str, str], wanted: dict[str, str]) -> None:
         """Raise UserError when a ledger with queries says other than what this run wants."""
-        kept = kept | dict(layout=_layout(kept), victim=f"{kept['victim']} ({kept['fingerprint']})")
+        kept = _UNDEFENDED | kept | dict(layout=_layout(kept), victim=f"{kept['victim']} ({kept['fingerprint']})")
         for name in wanted:
             if kept[name] != wanted[name]:
                 self.close()
@@ -172,6 +181,40 @@ class Ledger:
                 raise UserError(
                     f"{self.path} keeps {what} {kept[name]}, this run wants {wanted[name]}; choose another --out-dir"
                 )
+
+    def defend(self, derive_key: Callable[[], bytes], fit: Callable[[bytes], dict[str, Any]]) -> dict[str, Any] | None:
+        """Put the defence that this ledger was opened for before the victim's answers. Nothing is asked before.
+
+        `fit(key)` finds its constants, plain values: `defence` and `detector`, as `Defence` takes them. Once there are queries
+        those they were answered with stay, and the key must be theirs. What the defence remembers is read back. Returns the
+        constants; None when there is no victim to ask. Raises UserError.
+        """
+        if self._victim is None:
+            return None
+        key = derive_key()
+        constants = distributed.on_main_process(lambda: self._fix_defence(key, fit))
+        defence = Defence(key=key, **constants)
+        if defence.remembers:
+            distributed.require_one_process(f"--defence {self._unlike['defence']}, which follows the order of queries,")
+            if self.shared:
+                raise UserError(f"--ledger {self.path}: a defence that follows the order of queries has a ledger of its own")
+            for record in read_records(self._database):
+                defence.replay(record)
+        defend(self._victim, defence)
+        self._defended = True
+        return constants
+
+    def _fix_defence(self, key: bytes, fit: Callable[[bytes], dict[str, Any]]) -> dict[str, Any]:
+        """The constants that the ledger says, or those of `fit`, written down, while there is no query."""
+        key_hash, fitted = hash_key(key), fit(key) if self._read_count() == 0 else {}
+        with self._writing():
+            kept = dict(self._database.execute("SELECT name, value FROM about"))
+            if int(kept["num_queries"]) == 0:
+                kept |= dict(defence_key=key_hash, defence_constants=json.dumps(fitted))
+                self._database.executemany("INSERT OR REPLACE INTO about VALUES (?, ?)", kept.items())
+        if kept.get("defence_key") != key_hash:
+            raise UserError(f"{self.path} keeps answers defended with another key; choose another --out-dir")
+        return json.loads(kept["defence_constants"])
 
     @property
     def num_classes(self) -> int:
@@ -278,6 +321,7 @@ class Ledger:
     def _ask(self, clips: Tensor, count: int, new: dict[bytes, int]) -> dict[bytes, bytes]:
         if self._victim is None:
             raise UserError(f"{len(new)} views are not in {self.path}, and the victim's weights are not here to ask")
+        assert self._defended, "Ledger.defend comes before the first query"
         uncounted = [key for key in new if key not in self._reserved]
         if uncounted:
             self._num_queries, counted = distributed.on_main_process(lambda: self._count_if_affordable(uncounted))
@@ -324,9 +368,12 @@ class Ledger:
 
     def _keep(self, rows: dict[bytes, bytes]) -> dict[bytes, bytes]:
         """Write new answers. Returns what is cached: another process that shares the ledger may have been first."""
+        records = take_records(self._victim)
         with self._writing():
+            self._database.executemany("INSERT INTO defence (record) VALUES (?)", [(record,) for record in records])
             self._database.executemany("INSERT OR IGNORE INTO answers (key, answer) VALUES (?, ?)", rows.items())
             self._database.executemany("DELETE FROM asked WHERE key = ?", [(key,) for key in rows])
+        records.clear()
         return self._find(list(rows))
 
     def _read_count(self) -> int:
@@ -413,6 +460,14 @@ def _check_about(path: str | Path, about: dict[str, str]) -> None:
         whole = False
     if not whole:
         raise UserError(f"{path}: damaged: its count of queries or its classes cannot be read; {_DAMAGED}")
+
+
+def read_records(database: sqlite3.Connection) -> list[bytes]:
+    """What a ledger's defence remembers, in order: see `Defence.records`."""
+    try:
+        return [record for (record,) in database.execute("SELECT record FROM defence ORDER BY id")]
+    except sqlite3.OperationalError:  # a ledger of before has no such table
+        return []
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -539,14 +594,17 @@ def export(ledger: _LEDGER, out: _OUT, /) -> None:
 
 def merge(into: _INTO, other: _OTHER, /) -> int:
     """Add the answers of OTHER to the ledger INTO. Both must be of one victim and answer type; the counts add up."""
-    (database, about), (_, theirs) = _open_whole(into), _open_whole(other)
+    (database, about), (source, theirs) = _open_whole(into), _open_whole(other)
     if Path(into).samefile(other):
         raise UserError(f"{into} and {other} are one file; its answers are counted once")
-    for name in ("victim", "fingerprint", "answers", "decimals", "classes"):
+    about, theirs = _UNDEFENDED | about, _UNDEFENDED | theirs
+    for name in ("victim", "fingerprint", "answers", "decimals", "classes", "defence", "wire"):
         if about[name] != theirs[name]:
             raise UserError(f"{into} and {other} differ in {name}: {about[name][:60]} and {theirs[name][:60]}")
     if _layout(about) != _layout(theirs):
         raise UserError(f"one of {into} and {other} is exact (float32), the other is not")
+    if read_records(database) or read_records(source):
+        raise UserError(f"{into} and {other}: the defence {about['defence']} follows one order of queries; they stay apart")
     database.close()
     target = _connect(Path(into))
     try:

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from extraction.errors import BudgetExhausted, UserError
 from extraction.network import VideoModel
+from extraction.victims.defences import Defence
 from extraction.victims.record import Record
+from extraction.victims.wire import name_wire, send
 
 ANSWERS = ("logits", "probs", "top5", "label")
 
@@ -34,12 +36,7 @@ class VictimModel(nn.Module):
     def forward(self, clips: Tensor) -> Tensor:
         extremes = torch.stack(clips.aminmax()) if len(clips) else clips.new_zeros(2)
         logits = self.model(clips) if self.record is None else self.record.answer(clips, self.model)
-        low, high = extremes.tolist()  # read after the model is launched, so that a GPU need not wait
-        if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):  # NaN is refused too
-            raise UserError(
-                f"clips reach from {low:.4g} to {high:.4g}, a victim takes RGB in [0, 1]: divide 0..255 by 255, and leave "
-                "normalising to the victim; no query was counted"
-            )
+        _require_range(*extremes.tolist())  # read after the model is launched, so that a GPU need not wait
         if logits.shape != (len(clips), len(self.classes)):
             raise UserError(
                 f"victim {self.name!r} answered {len(clips)} clips with {tuple(logits.shape)}, not ({len(clips)}, "
@@ -48,17 +45,26 @@ class VictimModel(nn.Module):
         return logits
 
 
+def _require_range(low: float, high: float) -> None:
+    if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):  # NaN is refused too
+        raise UserError(
+            f"clips reach from {low:.4g} to {high:.4g}, a victim takes RGB in [0, 1]: divide 0..255 by 255, and leave "
+            "normalising to the victim; no query was counted"
+        )
+
+
 _answerers: "WeakKeyDictionary[Victim, Callable[[Tensor], Tensor]]" = WeakKeyDictionary()
+_defences: "WeakKeyDictionary[Victim, Defence]" = WeakKeyDictionary()
 
 
 class Victim:
     """The query interface: `query(clips) -> answers` and the query counter, nothing else. Made by `load_victim`.
 
-    No attribute leads to the model: the interface knows it through a table of this module, so that attack code cannot reach
-    weights, features or gradients by accident.
+    No attribute leads to the model, or to a defence (`defend`): the interface knows them through tables of this module, so
+    that attack code cannot reach weights, features, gradients or keys by accident.
     """
 
-    __slots__ = ("__weakref__", "_num_queries", "answers", "classes", "decimals", "fingerprint", "name", "query_budget")
+    __slots__ = ("__weakref__", "_num_queries", "answers", "classes", "decimals", "fingerprint", "name", "query_budget", "wire")
 
     def __init__(
         self,
@@ -67,6 +73,7 @@ class Victim:
         query_budget: int | None = None,
         decimals: int | None = None,
         num_queries: int = 0,
+        wire: str | None = None,
     ):
         if answers not in ANSWERS:
             raise UserError(f"no answers are called {answers!r}; there are {', '.join(ANSWERS)}")
@@ -75,7 +82,7 @@ class Victim:
         if query_budget is not None and query_budget < 0:
             raise UserError(f"query budget {query_budget}: it must be 0 or more")
         self.name, self.fingerprint, self.classes = model.name, model.fingerprint, model.classes
-        self.answers, self.decimals = answers, decimals
+        self.answers, self.decimals, self.wire = answers, decimals, name_wire(wire)
         self.query_budget, self._num_queries = query_budget, num_queries
         _answerers[self] = model
 
@@ -107,9 +114,26 @@ class Victim:
                 f"query budget exhausted: {self.num_queries} of {self.query_budget} queries spent, "
                 f"{len(clips)} more asked for; raise --query-budget to go on"
             )
-        answers = shape_answers(_answerers[self](clips), self.answers, self.decimals)
+        if self.wire != "float" and len(clips):
+            _require_range(*torch.stack(clips.aminmax()).tolist())  # before they are clipped
+            clips = send(clips, self.wire)
+        logits = _answerers[self](clips)
+        if self in _defences:
+            logits = _defences[self](clips, logits.float().softmax(1)).clamp(min=1e-12).log()
+        answers = shape_answers(logits, self.answers, self.decimals)
         self._num_queries += len(clips)
         return answers
+
+
+def defend(victim: Victim, defence: Defence) -> Victim:
+    """Put a defence before a victim's answers: of any type, it is that of the defended probabilities. Returns the victim."""
+    _defences[victim] = defence
+    return victim
+
+
+def take_records(victim: Victim) -> list[bytes]:
+    """What a victim's defence wants kept, to be emptied once it is: see `Defence.records`."""
+    return _defences[victim].records if victim in _defences else []
 
 
 def shape_answers(logits: Tensor, answers: str, decimals: int | None = None) -> Tensor:

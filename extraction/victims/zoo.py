@@ -228,6 +228,7 @@ def load_victim(
     num_queries: int = 0,
     classes: str | Path | None = None,
     about: str | Path | None = None,
+    wire: str | None = None,
 ) -> Victim:
     """Open a victim's query interface.
 
@@ -235,6 +236,6 @@ def load_victim(
     answer type (`logits`, `probs`, `top5`, `label`), `query_budget` the clips it will answer at most, `decimals` rounds what it
     shows, and `num_queries` counts the queries used before a resume. `classes` names the classes in the order of its logits:
     k400, k600 or a text file with one name a line. `about` is the JSON file that says what a TFLite or ONNX file does not.
-    Raises UserError when the weights are missing or not this victim's.
+    `wire` is what clips go through on their way (`wire.py`). Raises UserError when weights are missing or not this victim's.
     """
-    return Victim(load_model(name, weights, device, classes, about), answers, query_budget, decimals, num_queries)
+    return Victim(load_model(name, weights, device, classes, about), answers, query_budget, decimals, num_queries, wire)
