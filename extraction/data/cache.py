@@ -23,6 +23,8 @@ import av
 import numpy as np
 import PIL
 
+from extraction.errors import printable
+
 # What the pixels of a file follow from beside the videos. Raise the number when decoding gives other pixels.
 _DECODER = f"1, PyAV {av.__version__}, {sorted(av.library_versions.items())}, Pillow {PIL.__version__}"
 _MARK = 16  # bytes before the pixels, for each item: 12 name it, 4 check it
@@ -134,13 +136,14 @@ class KeptItems:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.parent):
-            if not self.path.exists() or self.path.stat().st_size != self.file_size:
+            is_there = self.path.exists() and self.path.stat().st_size == self.file_size
+            _make_room(self.path, self.file_size, 0 if is_there else self.file_size, limit)
+            if not is_there:
                 try:
-                    _make_room(self.path, self.file_size, limit)
                     with self.path.open("a+b") as file:
                         file.truncate(min(os.fstat(file.fileno()).st_size, self.file_size))
                         _allocate(file, self.file_size)
-                except (OSError, ValueError):
+                except OSError:
                     with contextlib.suppress(OSError):
                         self.path.unlink()
                     raise
@@ -159,9 +162,9 @@ def open_cache(
 ) -> KeptItems | None:
     """The file in which items are kept, one for each of `sources`, in their order.
 
-    `maker` names what their bytes follow from beside the sources and the libraries that decode, `names` are those of
-    `name_item`, which is asked anew each time without them. None, with a line that says
-    why, where there is no room for all of them, or no file can be written.
+    `maker` names what their bytes follow from beside the sources and the libraries that decode; `names` are those of
+    `name_item`, which is asked each time without them. None, with a line that says why, where there is no room for all of
+    them, or no file can be written.
     """
     if cache is None or cache.max_gb == 0 or not sources:
         return None
@@ -202,7 +205,7 @@ def _check(item: np.ndarray) -> bytes:
 
 
 def _describe(folder: Path, error: OSError) -> str:
-    return f"{folder}: no decoded clips are kept there, they are decoded each time ({error.strerror or error})"
+    return printable(f"{folder}: no decoded clips are kept there, they are decoded each time ({error.strerror or error})")
 
 
 @contextlib.contextmanager
@@ -212,16 +215,16 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _make_room(path: Path, size: int, limit: int) -> None:
-    """Remove files of clips that no process uses, those first that were opened longest ago, until `size` bytes fit.
+def _make_room(path: Path, size: int, new: int, limit: int) -> None:
+    """Remove files of clips that no process uses, those first that were used longest ago, until `size` bytes fit.
 
-    Removes none, and raises ValueError with the reason, where that is not enough.
+    `new` of them are still to be taken from the disk. Removes none where that is not enough: raises ValueError with the reason.
     """
     others = [(file, file.stat()) for file in path.parent.glob("*.clips") if file != path]
     used, free = sum(about.st_size for _, about in others), shutil.disk_usage(path.parent).free
     removable = [other for other in sorted(others, key=lambda other: other[1].st_mtime_ns) if _is_unused(other[0])]
     remove: list[Path] = []
-    while used + size > limit or size > free / 2:
+    while used + size > limit or new > free / 2:
         if not removable:
             raise ValueError(_say_why(size, used, free, limit))
         file, about = removable.pop(0)

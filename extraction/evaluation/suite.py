@@ -66,7 +66,8 @@ def run_all(
                 continue
             print(f"\n[seed {seed}, {number} of {len(experiments)}] {script} {printable(' '.join(flags))}", flush=True)
             given = [*(["--demo"] if demo else []), *(flag.replace("{runs}", str(runs)) for flag in flags)]
-            command = [sys.executable, PROJECT / script, "--out-dir", runs / name, "--seed", seed, *given]
+            shared = ["--clip-cache", Path(out_dir) / "clip_cache"]  # of all seeds
+            command = [sys.executable, PROJECT / script, "--out-dir", runs / name, "--seed", seed, *shared, *given]
             if subprocess.run([str(part) for part in command]).returncode:
                 failed.append(f"{name} (seed {seed})")
     if demo:

@@ -320,7 +320,9 @@ def test_the_folder_never_passes_its_bound_and_runs_that_go_on_keep_their_files(
     assert sum(path.stat().st_size for path in bound.folder.glob("*.clips")) == 2 * size
     del second, third
     gc.collect()
-    assert Clips(videos, **SHAPE, cache=ClipCache(bound.folder, 0.9 * size / 1e9)).kept is None
+    less = ClipCache(bound.folder, 0.9 * size / 1e9)
+    assert Clips(videos, **SHAPE, cache=less).kept is None
+    assert Clips(videos[::-1], **SHAPE, cache=less).kept is None  # though it is there
     assert len(list(bound.folder.glob("*.clips"))) == 2  # none was removed in vain
     assert "--cache-gb is 0.000446" in capsys.readouterr().out
 

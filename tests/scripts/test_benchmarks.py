@@ -196,6 +196,36 @@ def test_the_loader_s_benchmark_runs(write_counting_video, tmp_path, capsys):
         script["main"](script["Config"](data=str(tmp_path / "in"), **small | {"num_workers": (2,)}))
 
 
+def test_the_epochs_benchmark_compares_students_and_says_how_much_faster_kept_clips_are(tmp_path, capsys, monkeypatch):
+    script = importlib.import_module("epochs")
+    script.draw_videos(tmp_path, 64, 48, 2, 40)
+    tiny = dict(data=str(tmp_path), num_frames=4, stride=2, size=32, batch_size=4, workers=(0,), turns=1, device="cpu")
+    given = script.Config(**tiny, clip_interval=8, precision="fp32")
+
+    def run_here(_script: str, flags: list[str]) -> dict:  # without a process for each row
+        row, folder = (
+            next(flag.partition("=")[2] for flag in flags if flag.startswith(name)) for name in ("--row", "--folder")
+        )
+        return script.time_row(script.replace(given, row=row), Path(folder))
+
+    monkeypatch.setattr(script.bench, "run_alone", run_here)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # so that it is put back
+    script.main(given)
+    out = capsys.readouterr().out
+    rates = re.findall(
+        r"^(before|kept) +0 workers: +(\S+) clips/s \(\S+ to \S+\), +(\S+) ms of CPU a clip, its best$", out, re.M
+    )
+    assert [way for way, *_ in rates] == ["before", "kept"]
+    by_clock = float(re.search(r"kept, each at its best: (\S+) times as fast by the clock", out)[1])
+    assert by_clock == pytest.approx(float(rates[1][1]) / float(rates[0][1]), rel=0.02)
+    assert len(re.findall(r"^(decoding|copying|reading).* clips/s$", out, re.M)) == 3
+    assert "all students are equal bit for bit" in out
+    students = iter(("one", "another"))
+    monkeypatch.setattr(script.bench, "run_alone", lambda *_: dict(times=[[1.0, 1.0]], student=next(students)))
+    with pytest.raises(UserError, match="the students differ: another, one"):
+        script.main(given)
+
+
 def test_the_ledger_s_benchmark_runs(capsys):
     script = runpy.run_path(str(ROOT / "benchmarks" / "ledger.py"))
     script["main"](script["Config"](batch_size=2, steps=2))
