@@ -25,7 +25,7 @@ import PIL
 
 from extraction.errors import printable
 
-# What the pixels of a file follow from beside the videos. Raise the number when decoding gives other pixels.
+# What the bytes of a file follow from beside its sources. Raise the number when decoding gives other pixels, or views change.
 _DECODER = f"1, PyAV {av.__version__}, {sorted(av.library_versions.items())}, Pillow {PIL.__version__}"
 _MARK = 16  # bytes before the pixels, for each item: 12 name it, 4 check it
 _ROW = 509  # words
