@@ -213,7 +213,7 @@ class _Graph:
                 elif code == "RESHAPE":
                     tensors.append(operator.outputs[0])
         if len(found) != 1:
-            raise ValueError(f"{len(found)} operators {kind} read tensor {tensor}, {self.tensors[tensor].name!r}")
+            raise ValueError(f"{len(found)} operators {kind} read {self.describe(tensor)}")
         return found[0]
 
     def values(self, tensor: int) -> np.ndarray:
@@ -225,15 +225,18 @@ class _Graph:
         """float32 scales, of each channel or (1,), and the zero point of a tensor of int8."""
         about = self.tensors[tensor].quantization
         if self.tensors[tensor].type != _INT8 or about is None or about.scale is None or len(set(about.zeroPoint)) != 1:
-            raise ValueError(f"tensor {tensor}, {self.tensors[tensor].name!r}, is not in int8")
+            raise ValueError(f"{self.describe(tensor)} is not in int8")
         return np.asarray(about.scale, np.float32), int(about.zeroPoint[0])
 
     def factor(self, tensor: int) -> int:
         """What a tensor multiplies another one with, in its steps: the one value that all of it has."""
         values = set((self.values(tensor).astype(int) - self.steps(tensor)[1]).flatten().tolist())
         if len(values) != 1:
-            raise ValueError(f"tensor {tensor} has {len(values)} values, not one")
+            raise ValueError(f"{self.describe(tensor)} has {len(values)} values, not one")
         return values.pop()
+
+    def describe(self, tensor: int) -> str:
+        return f"tensor {tensor}, {str(self.tensors[tensor].name)[:80]}"
 
 
 # What reading a damaged flatbuffer can raise: offsets lead anywhere.
