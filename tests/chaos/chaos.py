@@ -58,8 +58,9 @@ from extraction.weights import read_metadata, read_state, write_atomically
 
 TIMEOUT = 240.0  # seconds of a life; one takes two or three
 FAULTS = (
-    "kill", "kill, torn files", "kill, damaged checkpoint", "kill, damaged ledger", "kill worker", "kill one of two", "freeze",
-    "second start", "disk full", "I/O error", "file too large", "clock set back", "Ctrl-C", "Ctrl-C twice", "SIGTERM",
+    "kill", "kill, torn files", "kill, damaged checkpoint", "kill, damaged ledger", "kill, damaged cache", "kill worker",
+    "kill one of two", "freeze", "second start", "disk full", "I/O error", "file too large", "clock set back", "Ctrl-C",
+    "Ctrl-C twice", "SIGTERM",
 )  # fmt: skip
 CHAINS = [run for chain in golden.CHAINS for run in chain if not run[0].endswith("_budget")]
 SCRIPTS = {name: (script, flags) for name, script, flags in CHAINS}
@@ -408,6 +409,14 @@ class Harness:
             if wal.exists():
                 with wal.open("ab") as file:
                     file.write(chance.randbytes(chance.randint(1, 20_000)))
+            return 0
+        if kind == "kill, damaged cache":  # no word of it: what is damaged is decoded again
+            for path in (out_dir.parent / "clip_cache").glob("*"):
+                content = bytearray(path.read_bytes() if path.is_file() else b"")
+                for _ in range(20 if content else 0):
+                    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+                if content:
+                    path.write_bytes(content[: chance.choice([len(content), chance.randrange(len(content))])])
             return 0
         path = out_dir / ("state.pt" if kind == "kill, damaged checkpoint" else "ledger.sqlite")
         if not path.exists() or path.stat().st_size < 2000:
