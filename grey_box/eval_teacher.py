@@ -164,7 +164,7 @@ def main(config: Config) -> dict:
             f"{percent(answers.confidence)} %, mean entropy {percent(answers.entropy)} % of the largest,"
         )
     shape = f"{clips.num_frames}x{clips.size}x{clips.size}"
-    print(printable(f"{name}: {scores} on clips of {shape}; attacks send clips of another size, on which scores differ"))
+    print(printable(f"{name}: {scores} on clips of {shape}; attacks send clips of their own size, where it scores otherwise"))
     print(printable(line))
     print(f"{timed.clips_per_second:.1f} clips/s in the victim, {len(clips) / seconds:.1f} with decoding, on {compute.device}")
     report_broken(predictions.broken)

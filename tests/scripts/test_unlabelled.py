@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_a_black_box_attack_is_scored_by_agreement_per_clip(flat, images, tmp_pa
     assert (tmp_path / "run" / "curve.png").stat().st_size > 1000
     out = capsys.readouterr().out
     assert "no labels: 48 clips of 24 videos score by agreement alone" in out
-    assert "victim                                 -      -            -            -        -" in out
+    assert re.search(r"^victim( +-){5}$", out, re.MULTILINE)
     path = tmp_path / "run" / "results.json"
     kept = json.loads(path.read_text())
     path.unlink()  # as if it had been interrupted after its last score: scored anew, the same
@@ -87,7 +88,7 @@ def test_classes_that_the_victim_does_not_know_are_refused_before_a_query(flat, 
     shutil.copy(flat / "0.mp4", tmp_path / "val" / "somewhere")
     config = configure(stacked_images_with_swin, tmp_path / "val", tmp_path / "run", images=str(images), **IMAGES)
     line = error_line(stacked_images_with_swin.main, config)
-    assert "class 'somewhere' not among the victim's 12 classes; move them or rename them, or pass --val-unlabelled" in line
+    assert "class 'somewhere' not among the 12 classes of the model; move them or rename them, or pass --val-unlabelled" in line
     assert ledger.count(str(tmp_path / "run" / "ledger.sqlite")) == 0
 
 
@@ -128,8 +129,9 @@ def test_eval_teacher_describes_and_measures_the_ceiling_of_unlabelled_videos(fl
     out = capsys.readouterr().out
     assert "demo_swin: no labels; most often " in out
     assert "32 pixels a side" in out
-    assert len((tmp_path / "demo_swin.ceiling.csv").read_text().splitlines()) == 5
-    assert {path.name for path in tmp_path.iterdir()} == {"demo_swin.ceiling.csv"}
+    (path,) = tmp_path.iterdir()
+    assert re.fullmatch(r"demo_swin\.flat\d*-\w+\.ceiling\.csv", path.name)
+    assert len(path.read_text().splitlines()) == 5
     # The demo's victim is of single steps of motion: a clip at another stride is another action to it, a smaller one is not.
     agreed = [scores["agreement_at_1"] for scores in results["ceiling"].values()]
     assert agreed[0] > 0.8 > agreed[2]
