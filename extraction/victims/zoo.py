@@ -158,18 +158,17 @@ def _read_code(load: Callable) -> str | None:
         return load.__qualname__
 
 
-def _require_form(loaded: object, name: str) -> Loaded:
+def _require_form(loaded: Any, name: str) -> Loaded:
     """What a loader returned. Raises UserError when it is not a VideoModel and its classes."""
-    match loaded:
-        case (VideoModel() as model, [_, *_] as classes) if all(isinstance(own, str) for own in classes):
-            return model, list(map(str, classes))
-        case (first, second):
-            found = f"({type(first).__name__}, {type(second).__name__})"
-        case _:
-            found = type(loaded).__name__
-    raise UserError(
-        f"victim {name!r}: its loader returned {found}, not (VideoModel, [class name, ...] in the order of the logits)"
-    )
+    found = type(loaded).__name__
+    if isinstance(loaded, tuple) and len(loaded) == 2:
+        model, classes = loaded
+        named = isinstance(classes, list | tuple) and classes and all(isinstance(own, str) for own in classes)
+        if named and isinstance(model, VideoModel):
+            return model, classes  # as they are: fingerprints tell a tuple from a list
+        found = f"({type(model).__name__}, {type(classes).__name__})"
+    wanted = "(VideoModel, [class name, ...] in the order of the logits)"
+    raise UserError(f"victim {name!r}: its loader returned {found}, not {wanted}")
 
 
 def load_model(
