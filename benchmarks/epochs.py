@@ -28,7 +28,7 @@ from statistics import median
 import numpy as np
 import side_by_side as bench
 import torch
-from loader import draw_videos
+from drawn_videos import draw_videos
 from tqdm import tqdm
 
 from extraction import options
