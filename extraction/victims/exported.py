@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -113,11 +114,13 @@ def _find_classes(said: dict[str, Any], path: Path | None) -> list[str] | None:
 @cache
 def _try_apart(module: str, file: Path, said: str, _fingerprint: str) -> Trial:
     """Try a file in a process of its own, once per content. Raises UserError for what it says, and when it crashes."""
-    command = [sys.executable, "-P", "-m", module, str(file)]
-    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-P", "-m", module, str(file.absolute())]
+    paths = [str(Path(__file__).parents[2]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths))}
+    run = partial(subprocess.run, capture_output=True, text=True, timeout=TRIAL_SECONDS, env=environment)
     try:
-        done = subprocess.run(command, input=said, capture_output=True, text=True, timeout=TRIAL_SECONDS, env=environment)
+        with tempfile.TemporaryDirectory() as empty:  # nothing lies there that a path within the file could mean
+            done = run(command, input=said, cwd=empty)
     except subprocess.TimeoutExpired:
         raise UserError(f"{file}: did not answer two clips within {TRIAL_SECONDS} s; damaged, or far too large") from None
     try:
@@ -126,7 +129,7 @@ def _try_apart(module: str, file: Path, said: str, _fingerprint: str) -> Trial:
         how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit status {done.returncode}"
         raise UserError(f"{file}: crashes what runs it ({how}); damaged, or made for another version") from None
     if "error" in found:
-        raise UserError(found["error"])
+        raise UserError(found["error"].replace(str(file.absolute()), str(file)))
     return Trial(**found)
 
 

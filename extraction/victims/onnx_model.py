@@ -25,28 +25,37 @@ def import_runtime() -> Any:
 
 
 def find_data(path: Path) -> list[Path]:
-    """The files beside an ONNX file that hold weights of it. Raises UserError for one that is missing, or elsewhere."""
-    # A tensor's entry, as protocol buffers write it: key (field 1) "location", value (field 2) of such a length.
-    entries = re.findall(rb"\x0a\x08location\x12(.)(?=(.{1,127}))", path.read_bytes(), re.DOTALL)
-    names = sorted({value[: length[0]].decode(errors="replace") for length, value in entries})
-    for name in names:
-        if Path(name).name != name or not (path.parent / name).is_file():
-            raise UserError(f"{path}: weights of it are in {name[:80]!r}, which must be a file beside it")
-    return [path.parent / name for name in names]
+    """The files beside an ONNX file that hold weights of it."""
+    return [path.parent / name for name in _find_locations(path.read_bytes()) if _lies_beside(path, name)]
+
+
+def _find_locations(content: bytes) -> list[str]:
+    """What an ONNX file says of where weights are, as protocol buffers write it: key (field 1) "location", value (field 2)."""
+    entries = re.findall(rb"\x0a\x08location\x12(.)(?=(.{1,127}))", content, re.DOTALL)
+    return sorted({value[: length[0]].decode(errors="replace") for length, value in entries})
+
+
+def _lies_beside(path: Path, name: str) -> bool:
+    return name.isprintable() and Path(name).name == name and (path.parent / name).is_file()
 
 
 def open_graph(path: Path) -> Graph:
     """Open an ONNX file. Raises UserError, in one line, when it is none, or has operators that are not onnxruntime's own."""
     runtime = import_runtime()
-    find_data(path)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.use_deterministic_compute = True
     options.log_severity_level = 4  # errors are raised too
+    content = path.read_bytes()
+    # Opened from memory with a table of its weights' files, and never without one, it reads no other file.
+    data = {file.name: file.read_bytes() for file in find_data(path)} or {"none": b"\0"}
     try:
-        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        options.add_external_initializers_from_files_in_memory(list(data), list(data.values()), list(map(len, data.values())))
+        session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # a native library: anything can come out of it
-        raise UserError(f"{path}: not an ONNX model that can be opened ({first_line(error)})") from None
+        elsewhere = [name for name in _find_locations(content) if not _lies_beside(path, name)]
+        hint = f"; weights of it are in {elsewhere[0][:80]!r}, which must be a file beside it" if elsewhere else ""
+        raise UserError(f"{path}: not an ONNX model that can be opened ({first_line(error)}){hint}") from None
     inputs, outputs = ([_describe(value, path) for value in part] for part in (session.get_inputs(), session.get_outputs()))
     names = [port.name for port in outputs]
     return Graph(path, inputs, outputs, lambda: lambda feeds: session.run(names, feeds))  # a session serves many threads

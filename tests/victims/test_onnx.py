@@ -1,5 +1,6 @@
 """ONNX files as victims: what onnxruntime alone has, weights beside the file, and parity with the module that was exported."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -137,7 +138,7 @@ def test_bytes_and_probabilities(write_onnx, classes, random_clips, tmp_path):
 
 
 def test_weights_beside_the_file_are_read_from_there_alone_and_are_part_of_the_fingerprint(
-    write_plain, classes, random_clips, tmp_path, load_error
+    onnx, write_plain, classes, random_clips, tmp_path, load_error
 ):
     (tmp_path / "plain.onnx.json").write_text(SAID)
     save = dict(save_as_external_data=True, location="plain.onnx.data", size_threshold=0)
@@ -152,11 +153,26 @@ def test_weights_beside_the_file_are_read_from_there_alone_and_are_part_of_the_f
     assert load_victim(f"onnx:{path}", classes=classes).fingerprint != victim.fingerprint
     data.rename(tmp_path / "away")
     assert "weights of it are in 'plain.onnx.data', which must be a file beside it" in load_error(f"onnx:{path}")
-    (tmp_path / "deeper").mkdir()
-    (tmp_path / "away").rename(tmp_path / "deeper" / "plain.onnx.data")
-    moved = path.read_bytes().replace(b"\x12\x0fplain.onnx.data", b"\x12\x0f../outside/data")
-    path.write_bytes(moved)
-    assert "weights of it are in '../outside/data'" in load_error(f"onnx:{path}")
+    for folder in (tmp_path / "deeper", tmp_path.parent / "outside"):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "away", folder / "data")
+    whole, key = path.read_bytes(), b"\x0a\x08location"
+    for other in ("../outside/data", "deeper/data", str(tmp_path / "deeper" / "data")):
+        value = b"\x12" + bytes([len(other)]) + other.encode()
+        for written in (key + value, value + key):  # fields in the other order mean the same
+            moved = rewrite(onnx, whole, other).replace(key + value, written)
+            assert written in moved
+            path.write_bytes(moved)
+            assert "not an ONNX model that can be opened" in load_error(f"onnx:{path}")
+
+
+def rewrite(onnx, content: bytes, location: str) -> bytes:
+    """An ONNX file whose weights are said to be elsewhere."""
+    model = onnx.load_from_string(content)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = location if entry.key == "location" else entry.value
+    return model.SerializeToString()
 
 
 HUGE = [  # asks for 4 TB
