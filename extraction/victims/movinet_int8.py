@@ -1,11 +1,11 @@
 """MoViNet Stream in int8, from its published .tflite file: LiteRT's integer arithmetic in PyTorch, on any device.
 
 The models for phones differ from the others: no squeeze and excitation, ReLU6, batch norms and activations folded into
-convolutions of int8, and after every layer its result is rounded to 256 steps. Rounding is no detail here: a step is up to a
-quarter of a unit, and the sum over frames before the classifier is kept in steps of 0.59, so that the same weights without the
-rounding are another classifier. So this module computes with the steps themselves, whole numbers that float32 holds exactly
-(sums stay below 2^24, but for the classifier head's, which are float64's), and rounds where and as LiteRT's default kernels,
-XNNPACK's, do: its logits are theirs bit for bit, in whatever order a device adds.
+convolutions of int8, and the result of each layer is rounded to one of 256 steps. Those are coarse: up to 0.8 between blocks,
+and 0.59 for the sum over frames before the classifier, so that the same weights without rounding are another classifier. So
+this module computes with the steps themselves, whole numbers that float32 holds exactly (sums stay below 2^24, but for the
+classifier head's, which are float64's), and rounds where and as LiteRT's default kernels, XNNPACK's, do: its logits are theirs
+bit for bit, in whatever order a device adds.
 
 Numbers here are steps above the zero point of their tensor: 0 means 0. The parts of a model are those of `MoViNet`, with
 `Rounding` in place of a batch norm.

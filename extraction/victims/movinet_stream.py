@@ -221,7 +221,8 @@ def convert(
         state = load_stream_state(source, model_id)
     save_weights(out, state, {"architecture": f"movinet_{model_id}_stream{kind}"})
     count = sum(tensor.numel() for tensor in state.values())
-    print(f"{out}: {count} weights of MoViNet-{model_id.upper()} Stream{kind}, in {len(state)} tensors, from {source}")
+    what = f"MoViNet-{model_id.upper()} Stream{kind.replace('_', ' in ')}"
+    print(f"{out}: {count} weights of {what}, in {len(state)} tensors, from {source}")
 
 
 if __name__ == "__main__":

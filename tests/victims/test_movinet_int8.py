@@ -1,6 +1,7 @@
 """MoViNet Stream in int8 against LiteRT, bit for bit, on a .tflite file with random weights that is written here."""
 
 import contextlib
+import copy
 import random
 import sys
 
@@ -249,6 +250,14 @@ def test_neither_batch_nor_layout_nor_half_precision_change_a_bit(net, clips, ex
     assert torch.equal(clips, before)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_gpu_answers_the_same_bits(net, clips, expected, precision):
+    model = VideoModel(copy.deepcopy(net)).cuda()
+    model.precision = precision
+    assert torch.equal(model(clips.cuda()).cpu(), expected)
+
+
 def test_ties_are_litert_s():
     rounding, halve, add = Rounding(), Halve(), Sum()
     rounding.low, rounding.high = -2.0, 3.0
@@ -263,7 +272,7 @@ def test_ties_are_litert_s():
 def test_is_converted_once_to_safetensors(file, clips, expected, tmp_path, monkeypatch, capsys):
     out = tmp_path / "w.safetensors"
     movinet_stream.convert(file, out)
-    assert "weights of MoViNet-A0 Stream_int8" in capsys.readouterr().out
+    assert "weights of MoViNet-A0 Stream in int8, " in capsys.readouterr().out
     assert read_metadata(out) == {"architecture": "movinet_a0_stream_int8"}
     monkeypatch.setitem(sys.modules, "ai_edge_litert", None)  # it takes nothing else from here on
     model, _ = load_stream("a0", SIZE, out)
