@@ -141,12 +141,12 @@ def modelguard_w(probs: Tensor, epsilon: float, margin: float = _MARGIN) -> Tens
 
     low, high = torch.zeros_like(top), (top + budget).clamp(max=1.0)
     possible = fits(high)
-    for _ in range(50):  # to the least that fits
+    for _ in range(40):  # to the least that fits
         middle = (low + high) / 2
         low, high = torch.where(fits(middle), low, middle), torch.where(fits(middle), middle, high)
     low, high = high, (top + budget).clamp(max=1.0)
     least, golden = low, (5**0.5 - 1) / 2
-    for _ in range(60):
+    for _ in range(40):
         a, b = high - golden * (high - low), low + golden * (high - low)
         cost_a, cost_b = ((_fill(rest, top, new_top, margin, budget) * costs).sum(1, keepdim=True) for new_top in (a, b))
         left = cost_a <= cost_b

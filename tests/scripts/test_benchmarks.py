@@ -240,3 +240,11 @@ def test_the_victims_benchmark_runs(capsys):
     assert len(re.findall(r"\d+\.\d+ clips/s, 2x16x\d+x\d+, fp32", capsys.readouterr().out)) == 2
     with pytest.raises(UserError, match="--victims nonsense: there are demo_swin"):
         script["main"](script["Config"](victims=("nonsense",), device="cpu"))
+
+
+def test_the_benchmark_of_defences_times_each_of_them(capsys):
+    script = runpy.run_path(str(ROOT / "benchmarks" / "defences.py"))
+    script["main"](script["Config"](batch_size=1, size=32, sizes=(20,), repeats=1))
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^\w+: [\d.]+ ms, [\d.]+ % of the step$", out, re.MULTILINE)) == len(script["DEFENCES"])
+    assert len(re.findall(r"^\w+: [\d.]+ ms a query after 20$", out, re.MULTILINE)) == len(script["MEMORIES"])
