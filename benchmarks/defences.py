@@ -53,7 +53,7 @@ def time_best(repeats: int, run: Callable[[], object]) -> float:
 
 def draw_queries(count: int) -> Stream:
     probs = (3 * torch.randn(count, 400)).softmax(1)
-    return Stream(torch.randint(0, 256, (count, 4, 8, 8), dtype=torch.uint8), probs)
+    return Stream(torch.randint(0, 256, (count, 3, 4, 8, 8), dtype=torch.uint8), probs)
 
 
 def feed(memory: Any, queries: Stream) -> None:

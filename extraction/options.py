@@ -152,7 +152,7 @@ class VictimOptions(ScoredVictimOptions):
     defence_strength: Annotated[float, Range(1e-6, 2)] | None = None
     """What the defence may cost honest users: the mean L1 distance of its answers to --val from the true ones, up to 2."""
     defence_after: str | None = None
-    """Answer truly until this detector's alarm: quota:N, prada, near_duplicates or confidence; None: defend from the start."""
+    """Answer truly until this detector's alarm: quota:N, prada, prada:W, near_duplicates, confidence; None: from the start."""
     wire: str | None = None
     """How clips reach the victim: float, uint8, or h264 or h264:CRF, encoded and decoded again; None: as floats."""
     query_budget: Natural | None = None

@@ -10,6 +10,7 @@ Where the top class is kept, an attacker who trains on it alone is not hindered:
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,10 +33,10 @@ _MARGIN = 1e-3
 def mark(thumbnails: Tensor, probs: Tensor) -> list[bytes]:
     """What a clip looks like, coarsely, as a few bytes: the same for nearly equal clips.
 
-    From uint8 (B, 4, 8, 8) thumbnails (`detectors.thumbnail`) and (B, num_classes) probabilities: which eighths of the clip
+    From uint8 (B, 3, 4, 8, 8) thumbnails (`detectors.thumbnail`) and (B, num_classes) probabilities: which eighths of the clip
     are brighter than the whole, and the victim's top class.
     """
-    eighths = F.adaptive_avg_pool3d(thumbnails.float(), (2, 2, 2)).flatten(1)
+    eighths = F.adaptive_avg_pool3d(thumbnails.float().mean(1), (2, 2, 2)).flatten(1)
     bits = (eighths > eighths.mean(1, keepdim=True)).byte().tolist()
     return [bytes([*row, *top.to_bytes(4, "little")]) for row, top in zip(bits, probs.argmax(1).tolist(), strict=True)]
 
@@ -339,14 +340,18 @@ def check_defence(name: str | None, strength: float | None, after: str | None, a
 
 
 def parse_detector(after: str) -> tuple[str, dict[str, Any] | None]:
-    """`prada` -> ("prada", None), whose constants are to be fitted; `quota:500` -> ("quota", its constants)."""
-    name, _, limit = after.partition(":")
-    if name == "quota" and limit.isdecimal():
-        return name, dict(limit=int(limit))
-    if name == "quota" or limit or name not in DETECTORS:
-        others = [other for other in DETECTORS if other != "quota"]
-        raise UserError(f"--defence-after {after}: there are quota:N, N being a number of queries, {', '.join(others)}")
-    return name, None
+    """`prada` -> ("prada", None), whose constants are to be fitted; `quota:500`, `prada:0.9` -> with them."""
+    match after.partition(":"):
+        case "quota", ":", limit if limit.isdecimal():
+            return "quota", dict(limit=int(limit))
+        case "prada", ":", delta if re.fullmatch(r"0?\.\d+", delta):
+            return "prada", dict(delta=float(delta))
+        case name, "", "" if name in DETECTORS and name != "quota":
+            return name, None
+    raise UserError(
+        f"--defence-after {after}: there are quota:N (queries), prada, prada:W (its threshold, published 0.9), near_duplicates "
+        "and confidence"
+    )
 
 
 def fit_defence(name: str, strength: float | None, honest: Tensor, key: bytes) -> dict[str, Any]:

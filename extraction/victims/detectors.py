@@ -26,7 +26,7 @@ from extraction.errors import UserError
 class Stream(NamedTuple):
     """An account's queries, in their order."""
 
-    thumbnails: Tensor  # uint8 (N, 4, 8, 8)
+    thumbnails: Tensor  # uint8 (N, 3, 4, 8, 8)
     probs: Tensor  # float (N, num_classes), the victim's true ones
     uploads: Tensor | None = None  # int64 (N,): the upload that a clip is cut from; None: each its own
 
@@ -38,9 +38,8 @@ class Detector(Protocol):
 
 
 def thumbnail(clips: Tensor) -> Tensor:
-    """Grey thumbnails of 4 frames, 8 x 8: float (B, 3, T, H, W) clips in [0, 1] -> uint8 (B, 4, 8, 8), on the CPU."""
-    grey = F.adaptive_avg_pool3d(clips.float().mean(1, keepdim=True), (4, 8, 8))[:, 0]
-    return (grey * 255).round().clamp(0, 255).byte().cpu()
+    """Thumbnails of 4 frames, 8 x 8: float (B, 3, T, H, W) RGB clips in [0, 1] -> uint8 (B, 3, 4, 8, 8), on the CPU."""
+    return (F.adaptive_avg_pool3d(clips.float(), (4, 8, 8)) * 255).round().clamp(0, 255).byte().cpu()
 
 
 def first_alarm(detector: Detector, stream: Stream, batch_size: int = 100) -> int | None:
@@ -111,9 +110,9 @@ class Prada:
     with an alarm that stays, and with the latest `memory` of each set and the latest 5000 distances at most.
     """
 
-    def __init__(self, delta: float = 0.9, memory: int = 1000):
+    def __init__(self, delta: float = 0.9, memory: int = 500):
         self.delta, self.memory = delta, memory
-        self.statistic = 1.0  # the least W so far
+        self.statistic = np.inf  # the least W so far
         self._raised, self._num_queries = False, 0
         self._sets: dict[int, _Latest] = {}
         self._thresholds: dict[int, float] = {}
@@ -151,12 +150,12 @@ class Prada:
         from scipy.stats import shapiro  # here: it takes a second to import
 
         if len(self._distances.rows) <= 100:
-            return 1.0
+            return np.inf
         labels, found = self._distances.rows.T
         found = found[np.isin(labels, [label for label, count in self._counts.items() if count >= 10])]
         found = found[np.abs(found - found.mean()) < 3 * found.std()] if len(found) else found
         if len(found) <= 100:
-            return 1.0
+            return np.inf
         w = float(shapiro(found).statistic)
         self.statistic = min(self.statistic, w)
         return w
@@ -164,11 +163,14 @@ class Prada:
 
 def fit_prada(honest: Sequence[Stream]) -> dict[str, Any]:
     """A little less than the least W of any honest account, the published 0.9 at most."""
-    least = 1.0
-    for account in honest:
-        detector = Prada(delta=-1.0)
+    detectors = [Prada(delta=-1.0) for _ in honest]
+    for detector, account in zip(detectors, honest, strict=True):
         detector.observe(account)
-        least = min(least, detector.statistic)
+    least = min(detector.statistic for detector in detectors)
+    if least == np.inf:
+        raise UserError(
+            "prada: no honest account has the more than 100 distances, in classes with 10 or more, that its test takes"
+        )
     return dict(delta=min(0.9, least - 1e-3))
 
 

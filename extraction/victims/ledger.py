@@ -42,7 +42,8 @@ CREATE TABLE IF NOT EXISTS evaluator (key BLOB PRIMARY KEY, answer BLOB NOT NULL
 CREATE TABLE IF NOT EXISTS defence (id INTEGER PRIMARY KEY, record BLOB NOT NULL);
 """
 _STEPS = 2048.0
-_UNDEFENDED = dict(defence="None", wire="float")  # what a ledger that does not say its defence or its wire has
+# What a ledger has that does not say its defence or its wire.
+_UNDEFENDED = dict(defence="None", defence_key="None", defence_constants="None", wire="float")
 
 
 def encode_answers(answers: Tensor, answer_type: str) -> list[bytes]:
@@ -598,7 +599,7 @@ def merge(into: _INTO, other: _OTHER, /) -> int:
     if Path(into).samefile(other):
         raise UserError(f"{into} and {other} are one file; its answers are counted once")
     about, theirs = _UNDEFENDED | about, _UNDEFENDED | theirs
-    for name in ("victim", "fingerprint", "answers", "decimals", "classes", "defence", "wire"):
+    for name in ("victim", "fingerprint", "answers", "decimals", "classes", *_UNDEFENDED):
         if about[name] != theirs[name]:
             raise UserError(f"{into} and {other} differ in {name}: {about[name][:60]} and {theirs[name][:60]}")
     if _layout(about) != _layout(theirs):

@@ -55,7 +55,7 @@ def test_an_alarm_is_fitted_to_held_out_videos(demo_set, tmp_path, capsys):
         (dict(defence="noise"), "--defence noise needs --defence-strength"),
         (dict(defence="modelguard_w", defence_strength=0.3, answers="label"), "--defence modelguard_w keeps the top class"),
         (dict(defence="noise", defence_strength=3.0), "--defence-strength 3.0: it must be at most 2"),
-        (dict(defence="lie", defence_after="nonsense"), "--defence-after nonsense: there are quota:N, N being a number"),
+        (dict(defence="lie", defence_after="nonsense"), "--defence-after nonsense: there are quota:N (queries), prada"),
         (dict(wire="vp9"), "--wire vp9: there are float, uint8"),
     ],
 )

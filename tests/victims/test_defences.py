@@ -434,7 +434,7 @@ def test_nothing_is_answered_before_the_defence_is_there(tmp_path):
         (("lie", 0.3, None, "probs"), "--defence lie has no strength"),
         ((None, 0.3, None, "probs"), "--defence-strength 0.3 needs a defence"),
         ((None, None, "prada", "probs"), "--defence-after prada needs a defence"),
-        (("lie", None, "quota", "probs"), "--defence-after quota: there are quota:N"),
+        (("lie", None, "quota", "probs"), "--defence-after quota: there are quota:N (queries), prada"),
         (("lie", None, "prada:3", "probs"), "--defence-after prada:3: there are quota:N"),
         (("lie", None, "nonsense", "probs"), "--defence-after nonsense: there are quota:N"),
     ],
@@ -447,6 +447,12 @@ def test_a_defence_is_named_with_all_that_was_asked_for():
     assert check_defence(None, None, None, "label") is None
     assert check_defence("noise", 0.3, "quota:50", "label") == "noise 0.3 after quota:50"
     assert check_defence("label", None, "prada", "probs") == "label after prada"
+
+
+def test_a_detector_is_fitted_or_given_its_constant():
+    assert defences.parse_detector("quota:500") == ("quota", dict(limit=500))
+    assert defences.parse_detector("prada:0.9") == ("prada", dict(delta=0.9))
+    assert defences.parse_detector("near_duplicates") == ("near_duplicates", None)
 
 
 def test_the_option_has_every_defence():
