@@ -91,6 +91,8 @@ class Run:
             os.close(file)
             running = f"a run is going on in it ({holder or 'another process'})"
             raise UserError(f"{self.folder}: {running}; wait for it, or choose another --out-dir") from None
+        for partial in self.folder.glob("*.partial"):  # what a crash cut short
+            partial.unlink(missing_ok=True)
         os.truncate(file, 0)
         os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         self._lock_file = file

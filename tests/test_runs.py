@@ -67,3 +67,9 @@ def test_a_checkpoint_of_something_else_is_no_run_s(tmp_path):
     torch.save([1, 2], tmp_path / "state.pt")
     with pytest.raises(UserError, match="not the checkpoint of a run"):
         run.load_state()
+
+
+def test_what_a_crash_cut_short_is_cleared_away_by_the_next_run(tmp_path):
+    (tmp_path / "state.pt.partial").write_bytes(b"half")
+    with Run("experiment", tmp_path, Config()).locked():
+        assert {path.name for path in tmp_path.iterdir()} == {"run.lock"}
