@@ -457,12 +457,12 @@ def test_a_checkpoint_of_more_queries_than_the_ledger_counts_is_refused(tmp_path
         ledger.require_count(700)
 
 
-def ask_until_the_budget_ends(path, meter, number, die_at) -> None:
-    """One of several runs on a shared ledger: random batches of 300 keys, an independent meter of what the victim answers."""
+def ask_until_the_budget_ends(path, meter, number, die_at, budget=200) -> None:
+    """One of several runs on a shared ledger: random batches of many keys, an independent meter of what the victim answers."""
     import random
 
     class Counting:
-        name, fingerprint, classes, query_budget = "tiny", "abc", ("a", "b"), 200
+        name, fingerprint, classes, query_budget = "tiny", "abc", ("a", "b"), budget
 
         def query(self, clips):
             with open(meter, "a") as file:
@@ -475,7 +475,7 @@ def ask_until_the_budget_ends(path, meter, number, die_at) -> None:
     random.seed(number)
     ledger = Ledger(path, lambda num_queries: Counting(), "probs", shared=True)
     while True:
-        keys = [random.randrange(300).to_bytes(16, "big") for _ in range(8)]
+        keys = [random.randrange(3 * budget // 2).to_bytes(16, "big") for _ in range(8)]
         count = ledger.reserve(keys)
         if count:
             assert len(ledger.query(torch.zeros(count, 3, 1, 2, 2), keys[:count])) == count
@@ -508,6 +508,42 @@ def test_processes_that_share_a_ledger_never_pass_their_budget(die_at, tmp_path)
         # A key that two processes reserve at once is counted twice, and asked once or twice.
         assert 150 < cached[0] <= answered
         ledger_module.verify(str(path))
+
+
+@pytest.mark.slow
+def test_four_processes_killed_at_random_never_pass_a_budget_of_5000(tmp_path, request):
+    """By hand: `--kills 50` tries of four runs each, of which one is killed about every second and started again."""
+    context = multiprocessing.get_context("fork")
+    tries, left = request.config.getoption("--kills"), []
+    for attempt in range(tries):
+        path, meter = tmp_path / f"{attempt}.sqlite", tmp_path / f"{attempt}.meter"
+        chance, kills, started = np.random.default_rng(attempt), 0, time.monotonic()
+
+        def start(number, path=path, meter=meter):
+            run = context.Process(target=ask_until_the_budget_ends, args=(path, meter, number, 0.0, 5000))
+            run.start()
+            return run
+
+        runs = [start(number) for number in range(4)]
+        while any(run.is_alive() for run in runs):
+            assert time.monotonic() - started < 300, "no end: a deadlock"
+            time.sleep(chance.uniform(0.0, 0.4))
+            victim = int(chance.integers(4))
+            if kills < 8 and runs[victim].is_alive():
+                runs[victim].kill()
+                runs[victim].join()
+                kills += 1
+                runs[victim] = start(4 + 8 * attempt + kills)
+        answered = len(meter.read_text().splitlines())
+        with sqlite3.connect(path) as database:
+            count = int(database.execute("SELECT value FROM about WHERE name = 'num_queries'").fetchone()[0])
+            cached, distinct = database.execute("SELECT count(*), count(DISTINCT key) FROM answers").fetchone()
+        assert [run.exitcode for run in runs] == [0] * 4
+        assert answered <= count == 5000
+        assert cached == distinct <= answered
+        ledger_module.verify(str(path))
+        left.append((kills, answered, cached))
+    print(f"{tries} tries: (kills, answered, cached) {left}")
 
 
 def _tiny():
