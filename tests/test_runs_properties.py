@@ -43,10 +43,14 @@ class Folder(RuleBasedStateMachine):
             with pytest.raises(UserError, match="holds a run with other constants"):
                 Run("experiment", self.folder, config)
             return
+        now = config.query_budget
+        if self.finished is not None and now is not None and now < self.finished[1]:
+            with pytest.raises(UserError, match="is less"):
+                Run("experiment", self.folder, config)
+            return
         self.run = Run("experiment", self.folder, config)
         if self.finished is not None:
             before, num_queries = self.finished
-            now = config.query_budget
             goes_on = now != before and (now is None or now > num_queries)
             assert (self.run.finished is None) == goes_on
         else:
@@ -88,5 +92,5 @@ class Folder(RuleBasedStateMachine):
 
 TestFolder = Folder.TestCase
 TestFolder.settings = settings(
-    max_examples=25, stateful_step_count=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=15, stateful_step_count=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
