@@ -143,6 +143,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
             partial.unlink()
         if not path.parent.is_dir():
             raise UserError(f"cannot write {path}: folder {path.parent} is not there") from None
+        if isinstance(error, FileNotFoundError):  # it was there when it was opened
+            raise UserError(f"cannot write {path}: another process writes it too; run the same again") from None
         raise UserError(
             f"cannot write {path}: {_first_line(error)}; make room (or choose another --out-dir), then run the same again"
         ) from None
