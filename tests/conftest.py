@@ -80,5 +80,6 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """The file that takes longest goes first: at the end one core would wait for it."""
-    items.sort(key=lambda item: "test_distributed" not in item.nodeid)
+    """The files that take longest go first: at the end one core would wait for them."""
+    longest = ("test_chaos", "test_distributed", "test_faults", "test_grey_box")
+    items.sort(key=lambda item: next((place for place, name in enumerate(longest) if name in item.nodeid), len(longest)))

@@ -396,6 +396,7 @@ def test_views_that_are_quickly_made_are_not_kept(videos, kept_in):
 # --- a whole run -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # chaos kills scripts with kept clips in the plain tests
 def test_a_script_killed_and_resumed_with_kept_clips_makes_the_student_of_one_that_decodes(demo_set, tmp_path):
     demo = swin_to_r21_kd.DEMO | dict(
         demo=False, in_domain=str(demo_set / "train_5per"), val=str(demo_set / "val"), aux=(),

@@ -99,6 +99,7 @@ def test_profile_says_how_far_each_part_is_from_the_peak(capsys):
     assert all(0 < float(share) < 100 for _, share in shares)
 
 
+@pytest.mark.slow
 def test_growth_runs_points_in_processes_of_their_own_and_draws_them(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(train_step.GROWTH, "demo", dict(batch_size=(2,), processes=(1,)))
     train_step.main(train_step.Config(**TINY, growth=True, axes=("batch_size", "processes"), out=str(tmp_path / "growth.png")))

@@ -44,7 +44,8 @@ def run_to_the_end(script: str, out_dir: Path, flags: list[str]) -> str:
     return output
 
 
-@pytest.mark.parametrize("script", [SCRIPTS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS[1:])])
+@pytest.mark.slow  # tests/chaos has a few such kills, and other faults, in the plain tests
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_random_kills_change_nothing(script, tmp_path, demo_set, request):
     kills, whole = request.config.getoption("--kills"), request.config.getoption("--whole-demo")
     flags = ["--checkpoint-seconds", "0.3"] + ([] if whole else small_demo(demo_set, script))

@@ -68,7 +68,9 @@ def test_the_learning_rates_restart(demo_set, tmp_path, monkeypatch):
     assert rates[:4] == pytest.approx([0.75, 0.25, 1.0, 0.75], abs=1e-6)
 
 
-@pytest.mark.parametrize("short", [1, 20])  # the budget ends among the crafted clips, or among the real ones
+@pytest.mark.parametrize(
+    "short", [pytest.param(1, marks=pytest.mark.slow), 20]
+)  # the budget ends among the crafted clips, or among the real ones
 def test_crafting_never_passes_the_budget_and_goes_on_from_there(short, demo_set, tmp_path, capsys):
     whole = small(swin_to_r21_prada, demo_set, tmp_path / "whole")
     swin_to_r21_prada.main(whole)
