@@ -21,7 +21,7 @@ from extraction import options
 from extraction.compute import choose_compute
 from extraction.data.clips import Clips, ClipShape, report_broken
 from extraction.data.demo import write_demo_set
-from extraction.data.folders import find_videos, normalise_class, read_classes, require_folder
+from extraction.data.folders import find_videos, normalise_class, require_folder
 from extraction.errors import UserError, printable
 from extraction.evaluation.results import describe_scores
 from extraction.evaluation.scoring import (
@@ -37,12 +37,12 @@ from extraction.evaluation.scoring import (
 from extraction.evaluation.suite import write_unseen_set
 from extraction.experiment import run_script
 from extraction.students import load_student
-from extraction.victims.classes import KNOWN_CLASSES
+from extraction.victims.classes import read_classes
 from extraction.victims.zoo import load_model
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(options.ComputeOptions):
+class Config(options.VictimFileOptions, options.ComputeOptions):
     student: Annotated[str, tyro.conf.Positional] = "r2plus1d_34"
     """Name of the student's network."""
     weights: Annotated[str, tyro.conf.Positional] = "runs/swin_to_r21_kd/student.safetensors"
@@ -57,12 +57,6 @@ class Config(options.ComputeOptions):
     """Class order for weights that do not say theirs: k400, k600, or a text file with a name per line."""
     victim: str | None = None
     """Score agreement with this victim too, unmetered: any victim's name."""
-    victim_weights: str | None = None
-    """The victim's weight file; by default its usual place under weights/."""
-    victim_classes: str | None = None
-    """The victim's class names in the order of its logits: k400, k600 or a text file with one a line; by default its own."""
-    victim_about: str | None = None
-    """JSON file that says how a tflite: or onnx: victim takes clips; by default FILE.json beside it, if there."""
     views: str = "1x1"
     """Test views, clips x crops per video; 10x3 is the published way."""
     num_frames: options.Count | None = None
@@ -100,7 +94,7 @@ def main(config: Config) -> dict:
         write_demo_set("datasets/demo", {"val": 20})
     root = require_folder(config.data, "videos, in class folders or unlabelled,")
     views = parse_views(config.views)
-    named = None if config.classes is None else _read_classes(config.classes)
+    named = None if config.classes is None else read_classes(config.classes)
     compute = choose_compute(config.device, config.precision, config.compile)
     student, about = load_student(config.student, config.weights)
     if named is not None and about.get("classes"):
@@ -145,14 +139,6 @@ def main(config: Config) -> dict:
     print(printable(line))
     report_broken(predictions.broken)
     return results
-
-
-def _read_classes(name: str) -> list[str]:
-    if name in KNOWN_CLASSES:
-        return list(KNOWN_CLASSES[name]())
-    if not Path(name).is_file():
-        raise UserError(f"--classes {name}: neither one of {', '.join(KNOWN_CLASSES)} nor a file")
-    return read_classes(name)
 
 
 if __name__ == "__main__":

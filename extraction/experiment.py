@@ -181,7 +181,7 @@ def _defend(ledger: Ledger, evaluator: Evaluator, config: VictimOptions, load: C
 
     def fit(key: bytes) -> dict[str, Any]:
         defence = fit_defence(name, config.defence_strength, honest[honest.sum(1) > 0], key)
-        return dict(defence=defence, detector=None if after is None else _fit_detector(after, evaluator.clips, honest))
+        return dict(defence=defence, detector=None if after is None else fit_detector(after, evaluator.clips, honest))
 
     def find_key() -> bytes:  # of an exported graph the file alone has the weights, of a user's own loader the model may
         return derive_key(find_weights(config.victim, config.victim_weights) or load().state_dict())
@@ -194,7 +194,7 @@ def _defend(ledger: Ledger, evaluator: Evaluator, config: VictimOptions, load: C
         print(f"defence {name}, on the victim's answers to held-out videos: mean {changed}{when}", flush=True)
 
 
-def _fit_detector(after: str, clips: Clips, probs: Tensor) -> tuple[str, dict[str, Any]]:
+def fit_detector(after: str, clips: Clips, probs: Tensor) -> tuple[str, dict[str, Any]]:
     """A detector's name and constants, fitted to accounts that send held-out clips in random order, of a thousand at most.
 
     Every second video is in these accounts; those of the others count the false alarms that are printed. A histogram of 100

@@ -116,17 +116,23 @@ class Options(ComputeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoredVictimOptions:
-    """The victim that the student is compared with."""
+class VictimFileOptions:
+    """The files that a victim is opened from."""
 
-    victim: str
-    """The model under attack: an unknown name lists them; torchvision:NAME, tflite:FILE, onnx:FILE, FILE.py:FUNCTION too."""
     victim_weights: str | None = None
     """The victim's weight file; by default its usual place under weights/."""
     victim_classes: str | None = None
     """The victim's class names in the order of its logits: k400, k600 or a text file with one a line; by default its own."""
     victim_about: str | None = None
     """JSON file that says how a tflite: or onnx: victim takes clips; by default FILE.json beside it, if there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredVictimOptions(VictimFileOptions):
+    """The victim that the student is compared with."""
+
+    victim: str
+    """The model under attack: an unknown name lists them; torchvision:NAME, tflite:FILE, onnx:FILE, FILE.py:FUNCTION too."""
     victim_record: str | None = None
     """File where the victim's owner keeps logits by clip, for sweeps: a known clip is a query, but is not computed again."""
     min_victim_top1: float | None = None

@@ -48,15 +48,9 @@ DEMO_NAMES = {"swin": "demo_swin", "movinet": "demo_movinet"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(options.ComputeOptions):
+class Config(options.VictimFileOptions, options.ComputeOptions):
     victim: str = "swin"
     """Any victim's name; swin and movinet are short for swin_b_k400 and movinet_a2_k600 (and for the demo's own)."""
-    victim_weights: str | None = None
-    """The victim's weight file; by default its usual place under weights/."""
-    victim_classes: str | None = None
-    """The victim's class names in the order of its logits: k400, k600 or a text file with one a line; by default its own."""
-    victim_about: str | None = None
-    """JSON file that says how a tflite: or onnx: victim takes clips; by default FILE.json beside it, if there."""
     data: str | None = None
     """Videos in class folders, or unlabelled in one; by default datasets/kinetics400_val, for k600 victims kinetics600_val."""
     data_unlabelled: bool = False

@@ -77,14 +77,6 @@ def list_classes(root: str | Path, split: str | None = None) -> list[str]:
     return names
 
 
-def read_classes(path: str | Path) -> list[str]:
-    """Class names in their order, one per line; UCF101's `classInd.txt` numbers them from 1, and that is left away."""
-    names = _read_lines(Path(path))
-    if all(name.split(" ")[0] == str(number) for number, name in enumerate(names, 1)):
-        names = [name.partition(" ")[2] for name in names]
-    return names
-
-
 def find_videos(
     root: str | Path,
     classes: Sequence[str] | None,

@@ -28,7 +28,7 @@ def draw_curve(path: str | Path, history: Sequence[dict], victim_top1: float | N
     axes.axhline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance top-1")
     axes.set(xlabel="queries" if axis == "num_queries" else "epoch", ylabel="%", ylim=(0, 102), title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="best", fontsize=8)
     _save(figure, path, 120)
 
 
@@ -42,7 +42,7 @@ def draw_curves(path: str | Path, runs: Mapping[str, Sequence[dict]], chance: fl
     axes.axhline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance")
     axes.set(xlabel="epoch", ylabel=f"{metric}, %", ylim=(0, 102), title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="best", fontsize=8)
     _save(figure, path, 120)
 
 
@@ -56,7 +56,7 @@ def draw_bars(path: str | Path, scores: Mapping[str, Mapping[str, float]], chanc
     axes.invert_yaxis()
     axes.axvline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance")
     axes.set(xlabel="% on held-out videos", xlim=(0, 102))
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="best", fontsize=8)
     _save(figure, path, 120)
 
 

@@ -24,7 +24,8 @@ KNOWN_CLASSES: dict[str, Callable[[], list[str]]] = {"k400": kinetics400_classes
 def read_classes(said: str | Path) -> list[str]:
     """The classes that `said` names: one of `KNOWN_CLASSES`, or a text file with one name a line, in the order of the logits.
 
-    Raises UserError when there is no such file, and for a name that stands in it twice.
+    UCF101's `classInd.txt` numbers them from 1, and that is left away. Raises UserError when there is no such file, and for a
+    name that stands in it twice.
     """
     if str(said) in KNOWN_CLASSES:
         return list(KNOWN_CLASSES[str(said)]())
@@ -34,6 +35,8 @@ def read_classes(said: str | Path) -> list[str]:
         known = " or ".join(KNOWN_CLASSES)
         raise UserError(f"classes {said}: not {known}, nor a text file with one name a line ({error})") from None
     names = [line.strip() for line in lines if line.strip()]
+    if all(name.split(" ")[0] == str(number) for number, name in enumerate(names, 1)):
+        names = [name.partition(" ")[2] for name in names]
     check_classes(names, said)
     return names
 

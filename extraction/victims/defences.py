@@ -384,6 +384,14 @@ def hash_key(key: bytes) -> str:
     return hashlib.blake2b(b"name", key=key, digest_size=8).hexdigest()
 
 
+def read_record(record: bytes) -> dict[str, Tensor]:
+    """The tensors of one of `Defence.records`. Raises UserError."""
+    try:
+        return safetensors.torch.load(record)
+    except (safetensors.SafetensorError, TypeError) as error:
+        raise UserError(f"what a defence remembers is damaged ({error}); put a whole ledger back, or ask anew") from None
+
+
 class Defence:
     """A defence as it stands behind a query interface, with its key and what it remembers.
 
@@ -434,8 +442,8 @@ class Defence:
         return alarmed
 
     def replay(self, record: bytes) -> None:
-        """Remember again what a record says."""
-        found = safetensors.torch.load(record)
+        """Remember again what a record says. Raises UserError."""
+        found = read_record(record)
         if "probs" in found:
             self._observe(found["thumbnails"], found["probs"])
         for answer in found.get("stored", ()):

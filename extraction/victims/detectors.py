@@ -208,7 +208,7 @@ class NearDuplicates:
         for query, upload in zip(self._project(stream), uploads, strict=True):
             distance = np.inf
             if len(self._kept.rows):
-                # |k - q|^2 but for |q|^2, and the nearest one's exactly: nearly equal ones would drown in rounding.
+                # |k - q|^2 but for |q|^2, and the nearest one's exactly: rounding would swamp nearly equal ones.
                 squares = self._squares.rows[:, 0] - 2 * (self._kept.rows @ query)
                 if upload >= 0:
                     squares[self._uploads.rows[:, 0] == upload] = np.inf

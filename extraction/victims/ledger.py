@@ -467,8 +467,10 @@ def read_records(database: sqlite3.Connection) -> list[bytes]:
     """What a ledger's defence remembers, in order: see `Defence.records`."""
     try:
         return [record for (record,) in database.execute("SELECT record FROM defence ORDER BY id")]
-    except sqlite3.OperationalError:  # a ledger of before has no such table
-        return []
+    except sqlite3.Error as error:
+        if "no such table" in str(error):  # a ledger of before
+            return []
+        raise UserError(f"what a ledger's defence remembers is not readable ({error}); {_DAMAGED}") from None
 
 
 def _connect(path: Path) -> sqlite3.Connection:

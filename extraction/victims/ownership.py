@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from extraction.errors import UserError
+from extraction.victims.defences import read_record
 from extraction.victims.ledger import open_existing, read_records
 
 
@@ -54,7 +54,7 @@ def count_false_claims(nulls: Sequence[Tensor], labels: Tensor, level: float = 1
 def read_triggers(ledger: str | Path) -> tuple[Tensor, Tensor]:
     """The clips, uint8 (N, 3, T, H, W), and labels, int64 (N,), of the watermark that a ledger's defence left in answers."""
     database, _ = open_existing(ledger)
-    records = [safetensors.torch.load(record) for record in read_records(database)]
+    records = [read_record(record) for record in read_records(database)]
     found = [record for record in records if "triggers" in record]
     database.close()
     if not found:

@@ -362,12 +362,11 @@ class Harness:
                 lives = self.run(setting, out_dir, fault, checkpoint_seconds, num_workers, stopped)
                 told.append(f"{kind} at {fault.at} -> {', '.join(str(life.status) for life in lives)}")
                 self.lives[kind, lives[0].status] += 1
-                check_ends(kind, fault.rank, lives)
-                in_flight = count_unanswered(out_dir)
-                lost += in_flight
+                check_ends(kind, lives)
+                lost += count_unanswered(out_dir)
                 check_bill(setting, out_dir)
                 if kind.startswith("kill, ") and all(life.status < 0 for life in lives):
-                    lost += self._damage(kind, setting, out_dir, checkpoint_seconds, chance)
+                    self._damage(kind, setting, out_dir, checkpoint_seconds, chance)
                 if all(life.status == 0 for life in lives):
                     break
             lives = self.run(setting, out_dir, None, checkpoint_seconds, 0)
@@ -399,8 +398,8 @@ class Harness:
 
         return start_again
 
-    def _damage(self, kind: str, setting: Setting, out_dir: Path, checkpoint_seconds: float, chance: random.Random) -> int:
-        """Damage files after a kill, and see that a start says so or does not mind. Returns the queries lost by it."""
+    def _damage(self, kind: str, setting: Setting, out_dir: Path, checkpoint_seconds: float, chance: random.Random) -> None:
+        """Damage files after a kill, and see that a start says so or does not mind."""
         if kind == "kill, torn files":  # what was under way when the power went
             for name in ("state.pt", "results.json", "student.safetensors", "config.json"):
                 if (self.place(setting) / name).exists() and out_dir.is_dir() and chance.random() < 0.5:
@@ -409,7 +408,7 @@ class Harness:
             if wal.exists():
                 with wal.open("ab") as file:
                     file.write(chance.randbytes(chance.randint(1, 20_000)))
-            return 0
+            return
         if kind == "kill, damaged cache":  # no word of it: what is damaged is decoded again
             for path in (out_dir.parent / "clip_cache").glob("*"):
                 content = bytearray(path.read_bytes() if path.is_file() else b"")
@@ -417,10 +416,10 @@ class Harness:
                     content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
                 if content:
                     path.write_bytes(content[: chance.choice([len(content), chance.randrange(len(content))])])
-            return 0
+            return
         path = out_dir / ("state.pt" if kind == "kill, damaged checkpoint" else "ledger.sqlite")
         if not path.exists() or path.stat().st_size < 2000:
-            return 0
+            return
         kept = {file: file.read_bytes() for file in out_dir.iterdir() if file.is_file()}
         content = bytearray(kept[path])
         if kind == "kill, damaged checkpoint":
@@ -443,7 +442,6 @@ class Harness:
         for file, content_before in kept.items():
             file.write_bytes(content_before)
         meter.write_bytes(metered)
-        return 0
 
     def _compare(self, setting: Setting, out_dir: Path, lost: int) -> int:
         """Hold a run that came to its end against the undisturbed one. Returns how many queries were counted twice."""
@@ -502,7 +500,7 @@ def check_bill(setting: Setting, out_dir: Path) -> None:
         raise Violation("a key has two answers")
 
 
-def check_ends(kind: str, rank: int, lives: list[Life]) -> None:
+def check_ends(kind: str, lives: list[Life]) -> None:
     """Raise Violation when a life ended otherwise than its fault allows, or without one line of reason."""
     fine = {
         "freeze": {0}, "second start": {0}, "clock set back": {0}, "kill worker": {0},
@@ -515,8 +513,10 @@ def check_ends(kind: str, rank: int, lives: list[Life]) -> None:
         allowed = fine | ({1, 3, 130} if len(lives) > 1 else set())
         if life.status not in allowed or "Traceback" in life.output:
             raise Violation(f"{kind}: process {number} ends with {life.status}:\n{life.output[-2500:]}")
-        if life.status in (1, 3, 130) and not (life.output.strip() or number):
-            raise Violation(f"{kind}: process {number} ends with {life.status} and says nothing")
+        said = (life.output.replace("\r", "\n").strip().splitlines() or [""])[-1].strip()  # the last line
+        reason = {1: r"\w+\.py: .+", 130: r"saved in .+|interrupted"}.get(life.status)
+        if len(lives) == 1 and reason is not None and not re.match(reason, said):
+            raise Violation(f"{kind}: ends with {life.status} and without a reason, but with {said[-300:]!r}")
 
 
 def read_outcome(out_dir: Path) -> list[Any]:
@@ -526,7 +526,7 @@ def read_outcome(out_dir: Path) -> list[Any]:
         if (out_dir / name).exists():
             weights = {key: value.numpy().tobytes() for key, value in read_state(out_dir / name).items()}
             about = {key: value for key, value in read_metadata(out_dir / name).items() if key != "num_queries"}
-            outcome += [about, [key for key in weights if not key.isascii()], weights]
+            outcome += [about, weights]
     if (out_dir / "results.json").exists():
         results = json.loads((out_dir / "results.json").read_text())
         outcome.append([{k: v for k, v in point.items() if k != "num_queries"} for point in results.get("history", [])])

@@ -12,11 +12,11 @@ import pytest
 import eval_only
 from extraction.data.clips import Clips
 from extraction.data.demo import write_video
-from extraction.data.folders import find_aux_videos, find_videos, group_videos, read_classes
+from extraction.data.folders import find_aux_videos, find_videos, group_videos
 from extraction.data.subsets import choose_share, write_subset
 from extraction.errors import UserError
 from extraction.students import create_student
-from extraction.victims.classes import KNOWN_CLASSES
+from extraction.victims.classes import KNOWN_CLASSES, read_classes
 from extraction.weights import save_weights
 
 

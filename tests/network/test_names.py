@@ -1,7 +1,9 @@
 """Networks by name: those of libraries, what a name changes, published weights below a fresh head."""
 
+import os
 import sys
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,6 +11,7 @@ import torch
 import torchvision
 from torch import nn
 
+from extraction.data.images import read_image
 from extraction.errors import UserError
 from extraction.network import fit_clips, frames
 from extraction.network.names import find_network, find_weights
@@ -129,6 +132,22 @@ def test_a_saved_student_with_a_temporal_head_comes_back(tmp_path, random_clips)
     clips = random_clips(2, 3, 4, 48, 48)
     with torch.no_grad():
         assert torch.equal(loaded(clips), student(clips))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("PHOTOS" not in os.environ, reason="PHOTOS=<folder of photographs named n01440764_tench.jpg>")
+def test_imagenet_weights_of_efficientnet_lite0_name_photographs():
+    state = read_state(find_weights("efficientnet_lite0", "imagenet"))
+    model = WindowedModel(find_network("efficientnet_lite0"), 1000).eval()
+    head = dict(zip((f"{model.spec.head}.weight", f"{model.spec.head}.bias"), list(state.values())[-2:], strict=True))
+    model.net.load_state_dict(model.rename_published(state) | head)  # the file's own head in the place of a fresh one
+    paths, info, right = sorted(Path(os.environ["PHOTOS"]).iterdir()), timm.data.ImageNetInfo(), 0
+    with torch.no_grad():
+        for path in paths:
+            clip = torch.tensor(read_image(path, 192)).permute(2, 0, 1)[None, :, None] / 255
+            right += info.index_to_label_name(int(model(clip).argmax())) == path.name.split("_")[0]
+    print(f"{right} of {len(paths)} photographs named right")
+    assert right > 0.7 * len(paths)
 
 
 def test_imagenet_weights_of_efficientnet_lite0_load_by_renaming_and_run_no_code():

@@ -39,5 +39,5 @@ def test_eval_only_checks_the_class_list_and_keeps_both_tables(demo_set, tmp_pat
             eval_only.main(plain)
     finally:
         (demo_set / "val" / "juggling").rmdir()
-    with pytest.raises(UserError, match="--classes nothere: neither one of k400, k600 nor a file"):
+    with pytest.raises(UserError, match="classes nothere: not k400 or k600, nor a text file with one name a line"):
         eval_only.main(dataclasses.replace(plain, classes="nothere"))

@@ -5,7 +5,7 @@ import torch
 from scipy.stats import binom
 
 from extraction.victims import ownership
-from extraction.victims.defences import draw, watermark
+from extraction.victims.defences import draw, read_record, watermark
 from extraction.victims.ownership import count_false_claims, verify
 
 NUM_CLASSES, NUM_FEATURES = 12, 10
@@ -79,3 +79,8 @@ def test_what_cannot_be_tested_gets_one_line(error_line, tmp_path):
     assert "train one at least without" in error_line(verify, labels, [], labels)
     assert "no answer was chosen" in error_line(verify, labels[:0], [labels[:0]], labels[:0])
     assert "not found" in error_line(ownership.read_triggers, tmp_path / "none.sqlite")
+
+
+def test_a_damaged_record_of_a_defence_gets_one_line(error_line):
+    assert "what a defence remembers is damaged" in error_line(read_record, b"noise")
+    assert "what a defence remembers is damaged" in error_line(read_record, None)
