@@ -143,8 +143,10 @@ def find_weights(name: str, weights: str | Path | None = None) -> Path | None:
     if path is None:
         raise UserError(f"victim {name!r} needs --victim-weights: a file from {source}")
     if not path.exists():
+        if source is None or _is_own(name):  # no place of ours, but a path that was named
+            raise UserError(f"victim file {path} not found; correct the path")
         instead = "" if name.startswith("demo_") else "; or try --demo"
-        raise UserError(f"victim weights {path} not found: {name} from {source or 'it'} belongs there{instead}")
+        raise UserError(f"victim weights {path} not found: {name} from {source} belongs there{instead}")
     return path
 
 

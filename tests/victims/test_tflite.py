@@ -320,7 +320,8 @@ def test_what_is_said_wrongly_gets_one_line(write_whole, tmp_path, load_error, s
 def test_other_things_that_do_not_fit_get_one_line(write_whole, classes, tmp_path, load_error, error_line, monkeypatch):
     path = write_whole(tmp_path / "whole.tflite")
     assert "is no file" in load_error(f"tflite:{tmp_path}")
-    assert "nowhere.tflite not found" in load_error(f"tflite:{tmp_path / 'nowhere.tflite'}")
+    nowhere = tmp_path / "nowhere.tflite"
+    assert load_error(f"tflite:{nowhere}") == f"victim file {nowhere} not found; correct the path"
     assert "takes no weight file; leave --victim-weights away" in load_error(f"tflite:{path}", path)
     assert "has 5 outputs, but 400 class names" in error_line(load_victim, f"tflite:{path}", classes="k400")
     assert "--victim-about nowhere: there is no such file" in error_line(load_victim, f"tflite:{path}", about="nowhere")
