@@ -103,7 +103,7 @@ def main(config: Config, run: Run) -> dict:
     print(f"{len(search) - len(unreached)} of {len(search)} classes named with more than {config.confidence}")
     clips = Codes(mark, victim.classes, codes, config.clips_per_class)
     queries = QuerySet(clips, Sampling(motion, config.spread), config.views_per_clip, config.seed, make_clips)
-    optimizer = torch.optim.Adam(student.parameters(), config.lr, fused=True)
+    optimizer = torch.optim.Adam(student.parameter_groups(*config.rates), fused=True)
     steps = config.epochs * -(-len(clips) // config.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     training = Training(

@@ -109,7 +109,7 @@ def main(config: Config, run: Run) -> dict:
         return draw_clips(pictures, np.stack([draws[key] for key in keys]), motion)
 
     queries = QuerySet(images.of([candidate.ref for candidate in chosen]), motion, 1, config.seed, make_views)
-    optimizer = torch.optim.Adam(student.parameters(), config.lr, fused=True)
+    optimizer = torch.optim.Adam(student.parameter_groups(*config.rates), fused=True)
     steps = config.epochs * -(-len(chosen) // config.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     training = Training(

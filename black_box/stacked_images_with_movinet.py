@@ -62,7 +62,7 @@ def main(config: Config, run: Run) -> dict:
     motion = Motion(config.num_frames, config.layers)
     queries = QuerySet(images, motion, config.views_per_clip, config.seed, create_clips)
     student = compute.prepare(create_student(config.student, victim.num_classes, config.student_weights))
-    optimizer = torch.optim.Adam(student.parameters(), config.lr, fused=True)
+    optimizer = torch.optim.Adam(student.parameter_groups(*config.rates), fused=True)
     steps = config.epochs * -(-len(images) // config.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     training = Training(

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from extraction.data.cache import ClipCache
-from extraction.data.clips import ClipOptions
+from extraction.data.clips import ClipOptions, Cut
 from extraction.data.images import Layer
 from extraction.errors import UserError
 
@@ -185,6 +185,8 @@ class VideoOptions:
 
     clip_interval: Count
     """Frames from the start of a clip to the start of the next."""
+    num_clips: Count | None = None
+    """Use this many of the clips, drawn at random, at most; with --views-per-clip that makes a bill of any size."""
     hflip: Fraction = 0.5
     """Probability of a horizontal flip."""
     brightness: Fraction = 0.1
@@ -196,9 +198,14 @@ class VideoOptions:
     head_lr: Rate
     """Learning rate of the student's classification head (AdamW)."""
     body_lr: Rate
-    """Learning rate of the layers below the head."""
+    """Learning rate of the layers below the head; 0: they stay as they are."""
     allow_overlap: bool = False
     """Go on when videos that score the student are trained on too."""
+
+    @property
+    def cut(self) -> Cut:
+        """How videos are cut into the clips that a student is trained on, as `Clips` takes it."""
+        return Cut(clip_interval=self.clip_interval, num_clips=self.num_clips, seed=getattr(self, "seed", 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +228,13 @@ class ImageOptions:
     """Passes over all clips."""
     lr: Rate = 1e-3
     """Learning rate of the student (Adam, cosine)."""
+    body_lr: Rate | None = None
+    """That of the layers below its head; by default the same, 0: they stay as they are."""
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """The learning rates of the head and of the layers below it."""
+        return self.lr, self.lr if self.body_lr is None else self.body_lr
 
 
 @dataclass(frozen=True, kw_only=True)

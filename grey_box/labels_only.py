@@ -47,7 +47,7 @@ def main(config: Config, run: Run) -> dict:
     compute = choose_compute(config.device, config.precision, config.compile)
     classes = list_classes(config.in_domain, "train")
     videos = find_videos(config.in_domain, classes, "train", config.in_domain_list)
-    clips = Clips(videos, clip_interval=config.clip_interval, **config.shape)
+    clips = Clips(videos, **config.cut, **config.shape)
     queries = QuerySet(clips, Augmentation(config.hflip, config.brightness, config.rotation), seed=config.seed)
     val = Clips(find_val_videos(config, classes), views=(config.val_clips, 1), **config.shape)
     evaluator = Evaluator(

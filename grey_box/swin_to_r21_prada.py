@@ -61,7 +61,7 @@ DEMO = options.IN_DOMAIN_DEMO | dict(
 def main(config: Config, run: Run) -> dict:
     compute, victim, evaluator = open_attack(config, run)
     videos = find_videos(config.in_domain, victim.classes, "train", config.in_domain_list)
-    clips = Clips(videos + find_aux_videos(config.aux, config.demo), clip_interval=config.clip_interval, **config.shape)
+    clips = Clips(videos + find_aux_videos(config.aux, config.demo), **config.cut, **config.shape)
     augmentation = Augmentation(config.hflip, config.brightness, config.rotation)
     queries = QuerySet(clips, augmentation, config.views_per_clip, config.seed)
     student = compute.prepare(create_student(config.student, victim.num_classes, config.student_weights))

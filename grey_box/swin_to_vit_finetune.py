@@ -57,7 +57,7 @@ def main(config: Config, run: Run) -> dict:
     saved, num_queries = load_stage(config.student, config.student_weights, victim.classes)
     student = compute.prepare(saved)
     videos = find_videos(config.in_domain, victim.classes, "train", config.in_domain_list)
-    clips = Clips(videos, clip_interval=config.clip_interval, **config.shape)
+    clips = Clips(videos, **config.cut, **config.shape)
     queries = QuerySet(clips, Augmentation(config.hflip, config.brightness, config.rotation), seed=config.seed)
     optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr), fused=True)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)

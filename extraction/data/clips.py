@@ -1,5 +1,6 @@
 """Clips cut out of videos, and batches of uint8 on their way to the device."""
 
+import hashlib
 import itertools
 import os
 import re
@@ -41,6 +42,14 @@ class ClipOptions(ClipShape):
     cache: ClipCache | None
 
 
+class Cut(TypedDict):
+    """What `Clips` takes to cut the videos that a student is trained on."""
+
+    clip_interval: int
+    num_clips: int | None
+    seed: int
+
+
 class ClipRef(NamedTuple):
     """Where a clip starts, and what it shows: the unit that is asked about and answered."""
 
@@ -66,7 +75,8 @@ class Clips(Dataset):
     rates take as near to `fps` frames a second as every n-th frame comes.
 
     With `views=(N, M)` each video gives N clips spread evenly over its length, each in M crops along the long side: the
-    way videos are scored. With `cache` clips of a given size are decoded once and kept (`extraction.data.cache`). `broken`
+    way videos are scored. With `num_clips` it is that many of all, at most, drawn from `seed`: a smaller number's are among a
+    larger one's. With `cache` clips of a given size are decoded once and kept (`extraction.data.cache`). `broken`
     lists the videos that were left out, each with its reason; UserError is raised when that leaves a class empty.
     """
 
@@ -81,8 +91,11 @@ class Clips(Dataset):
         cache: ClipCache | None = None,
         desc: str = "looking at videos",
         fps: float | None = None,
+        num_clips: int | None = None,
+        seed: int = 0,
     ):
-        for name, value in (("num_frames", num_frames), ("stride", stride), ("clip_interval", clip_interval), ("size", size)):
+        counts = dict(num_frames=num_frames, stride=stride, clip_interval=clip_interval, size=size, num_clips=num_clips)
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
         self.num_frames, self.stride, self.size, self.fps = num_frames, stride, size, fps
@@ -112,6 +125,10 @@ class Clips(Dataset):
                         self.refs.append(ClipRef(video.path, start, video.label, key, self.num_videos, crop, stride))
                 self.num_videos += 1
         self._refuse_empty_classes(videos)
+        if num_clips is not None:
+            ranks = [hashlib.blake2b(f"{seed}:{ref.key}".encode(), digest_size=8).digest() for ref in self.refs]
+            drawn = sorted(sorted(range(len(ranks)), key=ranks.__getitem__)[:num_clips])
+            self.refs = [self.refs[i] for i in drawn]
         sources = [Source(ref.key, [ref.path]) for ref in self.refs]
         self.cache = cache
         self.kept = open_cache(cache, sources, (num_frames, size, size, 3)) if size else None

@@ -1,7 +1,8 @@
 """Networks by name, for whoever trains one: an attacker's student, or a victim that `train_victim.py` makes.
 
 A name is one of `NETWORKS`, or `family:member` of `FAMILIES`: `timm:resnet18`, `torchvision:r3d_18`, `pytorchvideo:x3d_s`. What
-follows it changes the network: `@112` is the pixels a side that it is shown, `+temporal` a learnt head over the frame features
+follows it changes the network: `@112` is the pixels a side that it is shown, `@4x112` the frames too, evenly spread over the
+clip, `+temporal` a learnt head over the frame features
 of a network of images (in the place of the mean of its logits over the frames), `+triplets` shows that network three grey
 frames in a row as one image. So a name says it all, in results.json and in a saved file too.
 """
@@ -55,7 +56,7 @@ def _library(name: str) -> Callable[[str], Spec]:
 # Families of networks, named `family:member`
 FAMILIES: dict[str, Callable[[str], Spec]] = {name: _library(name) for name in ("timm", "torchvision", "pytorchvideo")}
 KNOWN = (*NETWORKS, "timm:<name>", "torchvision:<name>", "pytorchvideo:<hub name>")
-_WRITTEN = re.compile(r"(?P<base>[^@+]+)(?:@(?P<size>\d+))?(?P<changes>(?:\+\w+)*)")
+_WRITTEN = re.compile(r"(?P<base>[^@+]+)(?:@(?:(?P<frames>\d+)x)?(?P<size>\d+))?(?P<changes>(?:\+\w+)*)")
 
 
 def is_network(name: str) -> bool:
@@ -85,14 +86,17 @@ def find_network(name: str) -> Spec:
         else:
             raise UserError(f"{name}: no change is called +{change}; there are +temporal and +triplets")
     if written["size"]:
-        spec = spec._replace(preprocess=spec.preprocess | dict(size=int(written["size"])))
-        _require_size(name, spec)
+        shown = int(written["frames"]) if written["frames"] else None
+        spec = spec._replace(preprocess=spec.preprocess | dict(size=int(written["size"])), num_frames=shown)
+        _require_shape(name, spec)
     return spec
 
 
-def _require_size(name: str, spec: Spec) -> None:
-    """Raise UserError for a network that is built for another size. Tried on a blank one."""
-    frames = [] if spec.window == 1 else [spec.window or 16]
+def _require_shape(name: str, spec: Spec) -> None:
+    """Raise UserError for a network that is built for another size or more frames. Tried on a blank one."""
+    frames = [] if spec.window == 1 else [spec.window or spec.num_frames or 16]
+    if spec.num_frames is not None and spec.num_frames < (spec.window or 1) + 2 * spec.triplets:
+        raise UserError(f"{name}: the network takes {(spec.window or 1) + 2 * spec.triplets} frames at once")
     net = create_blank(spec.create, 2).eval()
     with next(net.parameters()).device, torch.no_grad():
         try:

