@@ -46,6 +46,29 @@ def draw_curves(path: str | Path, runs: Mapping[str, Sequence[dict]], chance: fl
     _save(figure, path, 120)
 
 
+def draw_budgets(path: str | Path, curves: Mapping[str, Mapping[int, Sequence[float]]], metric: str) -> None:
+    """Draw a score, 0 to 1, against queries: separate students, some for each budget, their mean with its least and most."""
+    figure, axes = _pyplot().subplots(figsize=(7, 4.5), layout="constrained")
+    for name, points in curves.items():
+        budgets = sorted(points)
+        shown = [[100 * score for score in points[budget]] for budget in budgets]
+        means = [sum(scores) / len(scores) for scores in shown]
+        reach = [
+            [m - min(s) for m, s in zip(means, shown, strict=True)],
+            [max(s) - m for m, s in zip(means, shown, strict=True)],
+        ]
+        axes.errorbar(budgets, means, reach, marker="o", markersize=3, capsize=2, label=name)
+    axes.set_xscale("log")
+    axes.set_xticks(sorted({budget for points in curves.values() for budget in points}))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.minorticks_off()
+    axes.set(xlabel="queries", ylabel=f"{metric}, %")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize=8)
+    _save(figure, path, 120)
+
+
 def draw_bars(path: str | Path, scores: Mapping[str, Mapping[str, float]], chance: float) -> None:
     """Draw top-1 and agreement@1 of several experiments as bars, beside chance."""
     figure, axes = _pyplot().subplots(figsize=(8, 0.8 + 0.45 * len(scores)), layout="constrained")

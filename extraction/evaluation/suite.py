@@ -1,6 +1,7 @@
 """Many experiments one after the other, and the table of what came out, as Markdown and as a picture."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,12 +24,17 @@ PROJECT = Path(__file__).parents[2]
 UNSEEN = Path("datasets/demo_unseen")  # 1 200 demo videos that no experiment's constants were settled on
 
 
+# The columns of a table: with labels, and where students are scored by agreement alone.
+_LABELLED = {"unseen_top1": "top-1, unseen", "top1": "top-1", "top5": "top-5", "agreement_at_1": "agreement@1"}
+_UNLABELLED = {"agreement_at_1": "agreement@1", "agreement_at_5": "agreement@5", "mean_kl": "mean KL, nats"}
+
+
 class Experiment(NamedTuple):
     """A row of the table: a script of the project and its flags, where `{runs}` stands for the folder of this seed's runs."""
 
     name: str  # of its run folder
     script: str
-    published: str  # top-5 / top-1 in percent, as published
+    published: str  # top-5 / top-1 in percent, as published; "-": none
     flags: tuple[str, ...] = ()
 
 
@@ -93,33 +99,38 @@ def write_table(experiments: Sequence[Experiment], out_dir: str | Path, seeds: S
     With several seeds a figure is their mean and standard deviation. Raises UserError when there are no results at all.
     """
     out_dir = Path(out_dir)
-    found = {e.name: [r for seed in seeds if (r := _read(out_dir / f"seed_{seed}" / e.name))] for e in experiments}
+    found = {e.name: [r for seed in seeds if (r := read_run(out_dir / f"seed_{seed}" / e.name))] for e in experiments}
     some = next((results[0] for results in found.values() if results), None)
     if some is None:
         raise UserError(f"{out_dir}: no experiment has left results there")
-    head = ["experiment", "victim", "student", "queries", "top-1, unseen", "top-1", "top-5", "agreement@1", "seconds",
-            "published top-5 / top-1"]  # fmt: skip
+    labelled = any(r.get("top1") is not None for results in found.values() for r in results)
+    metrics = _LABELLED if labelled else _UNLABELLED
+    published = labelled or any(experiment.published != "-" for experiment in experiments)
+    head = ["experiment", "victim", "student", "queries", *metrics.values(), "seconds"]
+    head += ["published top-5 / top-1"] * published
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for experiment in experiments:
         results = found[experiment.name]
         if not results:
-            lines.append(f"| {experiment.name} |{' - |' * (len(head) - 2)} {experiment.published} |")
+            cells = [experiment.name, *["-"] * (len(head) - 1 - published), *[experiment.published] * published]
+            lines.append(f"| {' | '.join(cells)} |")
             continue
         first = results[0]
-        victim = f"{first['victim']} {percent(first['victim_top1'])}" if first["victim"] else "-"
-        scores = [
-            _spread([100 * r[s] for r in results if r.get(s) is not None])
-            for s in ("unseen_top1", "top1", "top5", "agreement_at_1")
-        ]
+        victim = "-"
+        if first["victim"]:
+            name = re.sub(r"(^|:)[^:]*/", r"\1", first["victim"])  # a file's, without its folder
+            victim = f"{name} {percent(first['victim_top1'])}" if labelled else name
+        scores = [_describe_metric(results, metric) for metric in metrics]
         queries = _spread([float(count_queries(r)) for r in results], 0)
         seconds = _spread([r["seconds"] for r in results], 0)
-        cells = [experiment.name, victim, first["student"], queries, *scores, seconds, experiment.published]
+        cells = [experiment.name, victim, first["student"], queries, *scores, seconds, *[experiment.published] * published]
         lines.append(f"| {' | '.join(cells)} |")
     commits = sorted({r["commit"] for results in found.values() for r in results})
     unseen = next((r["num_unseen_videos"] for results in found.values() for r in results if "num_unseen_videos" in r), None)
     others = f" (unseen: on {unseen} others, drawn for this alone)" if unseen else ""
     text = "\n".join(lines) + (
-        f"\n\nPercent on {some['num_val_videos']} held-out videos{others}, chance {100 * some['chance_top1']:.1f}; "
+        f"\n\nPercent on {some['num_val_videos']} held-out videos{others}, chance {100 * some['chance_top1']:.1f}"
+        f"{'' if labelled or len(seeds) > 1 else ', with 95 % intervals by video'}; "
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(str(s) for s in seeds)}; commit {', '.join(commits)}.\n"
     )
     write_atomically(out_dir / "table.md", lambda file: file.write(text.encode()))
@@ -133,12 +144,12 @@ def write_table(experiments: Sequence[Experiment], out_dir: str | Path, seeds: S
 
 
 def _is_done(folder: Path) -> bool:
-    results = _read(folder)
+    results = read_run(folder)
     return results is not None and results["stopped"] in ("epochs", "iterations")
 
 
-def _read(folder: Path) -> dict | None:
-    """The results of a run, with its score on the unseen videos if there is one."""
+def read_run(folder: Path) -> dict | None:
+    """The results of a run, with its score on the unseen videos if there is one; None for one that has not ended."""
     if not (folder / "results.json").is_file():
         return None
     unseen = folder / "unseen.json"
@@ -147,7 +158,7 @@ def _read(folder: Path) -> dict | None:
 
 def _score_unseen(folder: Path) -> None:
     """Write `unseen.json` beside the results of a finished demo run, unless it is there."""
-    results = _read(folder)
+    results = read_run(folder)
     if results is None or "unseen_top1" in results:
         return
     student, about = load_student(results["student"], folder / "student.safetensors")
@@ -171,6 +182,17 @@ def write_between_markers(path: Path, name: str, text: str) -> None:
     if not end:
         raise UserError(f"{path}: no lines <!-- {name} --> and <!-- end --> in it, between which the table belongs")
     write_atomically(path, lambda file: file.write(f"{before}{start}\n{text}\n{end}{after}".encode()))
+
+
+def _describe_metric(results: Sequence[dict], metric: str) -> str:
+    """The mean of several runs and how they differ; of a single one without labels the score with its interval by video."""
+    scale = 1 if metric == "mean_kl" else 100
+    digits = 2 if metric == "mean_kl" else 1
+    shown = _spread([scale * r[metric] for r in results if r.get(metric) is not None], digits)
+    if metric in _UNLABELLED and len(results) == 1 and results[0].get("top1") is None and metric in results[0]["intervals"]:
+        low, high = results[0]["intervals"][metric]
+        shown += f" ({scale * low:.{digits}f}-{scale * high:.{digits}f})"
+    return shown
 
 
 def _spread(values: Sequence[float], digits: int = 1) -> str:

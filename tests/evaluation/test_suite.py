@@ -61,14 +61,20 @@ def test_a_failure_is_named_and_only_what_is_missing_runs_again(experiments, tmp
         run_all(experiments, runs, True, (0,), ("third",))
 
 
-def test_a_run_scored_without_labels_has_dashes_for_top_k(experiments, tmp_path):
-    run_all(experiments[:1], tmp_path, False, (0, 1))
-    for path in tmp_path.glob("seed_*/first/results.json"):
-        none = dict(top1=None, top5=None, victim_top1=None)
-        path.write_text(json.dumps(json.loads(path.read_text()) | none))
+def test_runs_scored_without_labels_show_agreement_and_its_intervals(experiments, tmp_path):
+    bare = [experiments[0]._replace(published="-")]
+    run_all(bare, tmp_path, False, (0, 1))
+    for seed, path in enumerate(sorted(tmp_path.glob("seed_*/first/results.json"))):
+        none = dict(top1=None, top5=None, victim_top1=None, victim="tflite:some/where/a.tflite")
+        scored = dict(agreement_at_5=0.5 + 0.2 * seed, mean_kl=1.25, intervals=dict(agreement_at_5=[0.44, 0.58]))
+        path.write_text(json.dumps(json.loads(path.read_text()) | none | scored))
         path.with_name("unseen.json").unlink()
-    row = "| first | demo_swin - | tiny | 1000 ± 1 | - | - | - | 25.0 | 3 | 54.8 / 31.4 |"
-    assert row in write_table(experiments[:1], tmp_path, (0, 1))
+    head = "| experiment | victim | student | queries | agreement@1 | agreement@5 | mean KL, nats | seconds |"
+    both, one = write_table(bare, tmp_path, (0, 1)), write_table(bare, tmp_path, (0,))
+    assert head in both
+    assert "| first | tflite:a.tflite | tiny | 1000 ± 1 | 25.0 | 60.0 ± 14.1 | 1.25 | 3 |" in both
+    assert "| first | tflite:a.tflite | tiny | 1000 | 25.0 | 50.0 (44.0-58.0) | 1.25 | 3 |" in one
+    assert "with 95 % intervals by video; seed 0" in one
 
 
 def test_no_results_at_all_is_one_line(tmp_path):

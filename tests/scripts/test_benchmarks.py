@@ -14,6 +14,7 @@ import torch
 
 from extraction.data.augment import Augmentation, create_views
 from extraction.data.decoding import decode_clip
+from extraction.data.images import write_demo_images
 from extraction.data.transcode import transcode_folder
 from extraction.errors import UserError
 from extraction.network import fit_clips
@@ -249,3 +250,24 @@ def test_the_benchmark_of_defences_times_each_of_them(capsys):
     out = capsys.readouterr().out
     assert len(re.findall(r"^\w+: [\d.]+ ms, [\d.]+ % of the step$", out, re.MULTILINE)) == len(script["DEFENCES"])
     assert len(re.findall(r"^\w+: [\d.]+ ms a query after 20$", out, re.MULTILINE)) == len(script["MEMORIES"])
+
+
+@pytest.mark.slow
+def test_the_real_table_has_a_run_of_each_attack_within_its_bill(demo_set, tmp_path, monkeypatch):
+    real_victim = importlib.import_module("real_victim")
+    web = [path.relative_to(demo_set / "unrelated_a") for path in sorted((demo_set / "unrelated_a").rglob("*.mp4"))]
+    for split, chosen in (("tune", web[:3]), ("val", web[3:8])):
+        (tmp_path / f"{split}.txt").write_text("\n".join(map(str, chosen)))
+    write_demo_images(tmp_path / "photos", 8)
+    monkeypatch.setitem(real_victim.STUDENTS, "nothing", ("--student", "r2plus1d_tiny", "--student-weights", "None"))
+    config = real_victim.Config(
+        victim="demo_swin", web=str(demo_set / "unrelated_a"), robot=str(demo_set / "unrelated_b"), lists=str(tmp_path),
+        photos=str(tmp_path / "photos"), budgets=(100,), students=("nothing",), size=32, epochs=2,
+        num_workers=0, out_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    table = real_victim.main(config)
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ") and "experiment" not in line]
+    assert [row[3] for row in rows] == ["100"] * 4 + ["16", "32"]  # all clips there are of two sets of drawn videos
+    links = {split: {link.resolve() for link in (tmp_path / "out/data" / split).iterdir()} for split in ("tune", "val", "web")}
+    paths = [(demo_set / "unrelated_a" / name).resolve() for name in web]
+    assert links == dict(tune=set(paths[:3]), val=set(paths[3:8]), web=set(paths[8:]))
