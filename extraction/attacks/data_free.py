@@ -120,6 +120,7 @@ class Attacker:
         self.last_batch: tuple[Tensor, Tensor, Tensor] | None = (
             None  # the last of the generator's batches: clips, labels, targets
         )
+        self._distance_before: float | None = None
         self.reset_metrics()
 
     def set_learning_rates(self, factor: float) -> None:
@@ -253,9 +254,15 @@ class Attacker:
             metrics["answer_entropy"] = (sums["entropy"] / sums["clips"]).item()
             metrics["mean_answer_entropy"] = torch.special.entr(sums["answers"] / sums["clips"]).sum().item()
             metrics["conditional_accuracy"] = (sums["named"] / sums["clips"]).item()
-            if self.last_batch is not None and self.batch_size > 1:  # None after a resume, before the first batch
-                metrics["pairwise_distance"] = pairwise_distance(self.last_batch[0])
+            if (distance := self._distance()) is not None:
+                metrics["pairwise_distance"] = distance
         return metrics
+
+    def _distance(self) -> float | None:
+        """The pairwise distance of the last batch; after a resume, before the first batch, that of the one before it."""
+        if self.last_batch is None:
+            return self._distance_before
+        return pairwise_distance(self.last_batch[0]) if self.batch_size > 1 else None
 
     def has_nonfinite_loss(self) -> bool:
         """Whether a loss of this iteration is not finite."""
@@ -275,7 +282,7 @@ class Attacker:
 
     def state_dict(self) -> dict:
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return dict(**parts, sums=self._all_sums(), num_asked=self.num_asked)
+        return dict(**parts, sums=self._all_sums(), num_asked=self.num_asked, distance=self._distance())
 
     def load_state_dict(self, state: dict) -> None:
         require_form([state["sums"], state["num_asked"]], [{k: v.cpu() for k, v in self._sums.items()}, 0], "sums")
@@ -286,7 +293,7 @@ class Attacker:
                 part.load_state_dict(state[name])
         if distributed.is_main_process():  # they are those of all
             self._sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-        self.num_asked = state["num_asked"]
+        self.num_asked, self._distance_before = state["num_asked"], state.get("distance")
 
 
 # --- the loop ------------------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ the student after each epoch, logs, saves, and resumes.
 """
 
 import contextlib
+import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from extraction import distributed
 from extraction.attacks.losses import answers_to_targets
-from extraction.data.clips import Batch, load_batches, name_once
+from extraction.data.clips import Batch, load_with_pauses, name_once
 from extraction.data.queries import QuerySet
 from extraction.errors import UserError, printable
 from extraction.evaluation.plots import draw_queries
@@ -106,7 +107,7 @@ class Training:
         if self.device.type == "cpu":
             self.queries.keep_views(self.epochs)
         shares = map(distributed.shard, self.order.batches_from(first))
-        loader = load_batches(self.queries.clips, shares, self.num_workers, pin_memory=self.device.type == "cuda")
+        loader = load_with_pauses(self.queries.clips, shares, self.num_workers, pin_memory=self.device.type == "cuda")
         batches = prefetch(loader, first, self.order.per_epoch, self._query, self.prefetch_answers)
         self.student.train()
         with self.run.interruptible(), self._bar, contextlib.closing(batches):
@@ -288,21 +289,24 @@ class _Order:
 
 
 def prefetch(
-    loader: Iterable[Batch], first: int, per_epoch: int, query: Callable[[Batch, int], AnsweredBatch], ahead: bool
+    loader: Iterator[Batch | None], first: int, per_epoch: int, query: Callable[[Batch, int], AnsweredBatch], ahead: bool
 ) -> Generator[tuple[Batch, AnsweredBatch]]:
     """The batches of `loader`, numbered from `first` on, each with what `query(batch, number)` makes of it.
 
     With `ahead` a thread asks about a batch while the one before it is in use, but not beyond an epoch of `per_epoch` batches,
-    whose number of queries is written down at its end.
+    whose number of queries is written down at its end. A pause of `load_with_pauses` ends where nothing is in use.
     """
-    source, upcoming = enumerate(loader, first), None
+    numbers, upcoming, end = itertools.count(first), None, object()
 
-    def fetch() -> tuple[Batch, AnsweredBatch] | None:
-        number, batch = next(source, (0, None))
-        return None if batch is None else (batch, query(batch, number))
+    def fetch() -> Any:
+        batch = next(loader, end)
+        return (batch, query(batch, next(numbers))) if isinstance(batch, Batch) else batch
 
     with ThreadPoolExecutor(1) as thread:
-        while (item := upcoming.result() if upcoming else fetch()) is not None:
+        while (item := upcoming.result() if upcoming else fetch()) is not end:
+            upcoming = None
+            if item is None:
+                continue
             goes_on = ahead and (item[1].number + 1) % per_epoch and not item[1].exhausted
             upcoming = thread.submit(fetch) if goes_on else None
             yield item

@@ -189,6 +189,18 @@ def load_batches(
     faster (`benchmarks/loader.py`), and every batch ahead takes its place in shared memory. When a worker is killed (the system
     does so when memory is short) all are started again from the batch that is missing; the fourth time raises UserError.
     """
+    loaded = load_with_pauses(dataset, batches, num_workers, pin_memory, prefetch)
+    return (batch for batch in loaded if batch is not None)
+
+
+def load_with_pauses(
+    dataset: Any, batches: Iterable[Sequence[int]], num_workers: int, pin_memory: bool = False, prefetch: int = 2
+) -> Iterator[Batch | None]:
+    """`load_batches` for a thread beside one that computes: None comes before workers are started again.
+
+    A process that forks while another of its threads computes leaves locks held for ever in the child, which then hangs. After
+    None, ask for the next batch when nothing else runs.
+    """
     num_workers, source = min(num_workers, count_cores()), iter(batches)
     kept = getattr(dataset, "kept", None) if num_workers else None
     to_read: list[Sequence[int]] = []
@@ -228,7 +240,7 @@ def _load_in_threads(
 
 def _load_in_processes(
     dataset: Any, batches: Iterator[Sequence[int]], num_workers: int, pin_memory: bool, prefetch: int
-) -> Iterator[Batch]:
+) -> Iterator[Batch | None]:
     waiting = deque[Sequence[int]]()
 
     def remember() -> Iterator[Sequence[int]]:
@@ -257,6 +269,8 @@ def _load_in_processes(
         if attempt == 3:
             raise UserError(f"{line}, four times now; lower --num-workers, then run the same again")
         print(f"\n{line}; starting the workers again", file=sys.stderr)
+        del loaded  # ends the other workers
+        yield None
 
 
 def _iterate(loaded: Iterator[Batch], waiting: deque[Sequence[int]]) -> Generator[Batch, None, str | None]:

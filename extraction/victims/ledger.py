@@ -239,7 +239,11 @@ class Ledger:
             )
 
     def __len__(self) -> int:
-        return distributed.on_main_process(lambda: self._database.execute("SELECT count(*) FROM answers").fetchone()[0])
+        return distributed.on_main_process(self._count_answers)
+
+    def _count_answers(self) -> int:
+        with _reading(self.path):
+            return self._database.execute("SELECT count(*) FROM answers").fetchone()[0]
 
     def find(self, keys: Sequence[bytes], table: str = "answers") -> dict[bytes, bytes]:
         """The kept answers among `keys`, the same in all processes, still encoded."""
@@ -253,10 +257,8 @@ class Ledger:
             for i in range(0, len(missing), 500):
                 part = missing[i : i + 500]
                 marks = ",".join("?" * len(part))
-                try:
+                with _reading(path):
                     rows = dict(database.execute(f"SELECT key, answer FROM {table} WHERE key IN ({marks})", part))
-                except sqlite3.Error as error:
-                    raise UserError(f"{path}: not readable ({error}); {_DAMAGED}") from None
                 odd = sum(not isinstance(answer, bytes) or len(answer) != width for answer in rows.values())
                 if odd:
                     raise UserError(f"{path}: {odd} rows of its table {table} are not {width} bytes; {_DAMAGED}")
@@ -378,7 +380,8 @@ class Ledger:
         return self._find(list(rows))
 
     def _read_count(self) -> int:
-        return int(self._database.execute("SELECT value FROM about WHERE name = 'num_queries'").fetchone()[0])
+        with _reading(self.path):
+            return int(self._database.execute("SELECT value FROM about WHERE name = 'num_queries'").fetchone()[0])
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -388,6 +391,8 @@ class Ledger:
             with self._database:
                 yield
         except sqlite3.Error as error:
+            if type(error) is sqlite3.DatabaseError:  # a page is damaged; all that a disk refuses is a kind of its own
+                raise UserError(f"{self.path}: not readable ({error}); {_DAMAGED}") from None
             raise UserError(f"cannot write {self.path}: {error}; make room, then run again: cached answers stay") from None
 
     def forget(self, before: bytes) -> None:
@@ -439,6 +444,15 @@ class Ledger:
 
 
 _DAMAGED = "put a whole copy back, or choose another --out-dir"
+
+
+@contextlib.contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Raises UserError where a ledger cannot be read: a page of it is damaged, or a row that it must have is missing."""
+    try:
+        yield
+    except (sqlite3.Error, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not readable ({error}); {_DAMAGED}") from None
 
 
 def _layout(about: dict[str, str]) -> str:
@@ -514,10 +528,8 @@ def _describe_odd_rows(path: str | Path, database: sqlite3.Connection, about: di
     """How many rows are no answers of the ledger's type; "" for none."""
     width = _width(_layout(about), len(json.loads(about["classes"])))
     wrong = "typeof(answer) != 'blob' OR length(answer) != ? OR typeof(key) != 'blob'"
-    try:
+    with _reading(path):
         odd = database.execute(f"SELECT count(*) FROM answers WHERE {wrong}", (width,)).fetchone()[0]
-    except sqlite3.Error as error:
-        raise UserError(f"{path}: not readable ({error}); {_DAMAGED}") from None
     return f"{odd} answers are not {width} bytes under a key of bytes" if odd else ""
 
 
@@ -532,7 +544,8 @@ def _open_whole(path: str | Path) -> tuple[sqlite3.Connection, dict[str, str]]:
 def count(ledger: _LEDGER, /) -> int:
     """Say which victim a ledger's answers are from, and how many there are."""
     database, about = _open_whole(ledger)
-    rows = database.execute("SELECT count(*) FROM answers").fetchone()[0]
+    with _reading(ledger):
+        rows = database.execute("SELECT count(*) FROM answers").fetchone()[0]
     victim = printable(f"{about['victim']} ({about['fingerprint']})")
     print(f"{rows} answers ({about['answers']}) of {victim}, {about['num_queries']} queries used")
     return rows
@@ -542,7 +555,9 @@ def show(ledger: _LEDGER, /, limit: Annotated[int, tyro.conf.arg(help="How many.
     """List the first answers, in the order they came: key and the victim's top class."""
     database, about = _open_whole(ledger)
     classes = json.loads(about["classes"])
-    for key, packed in database.execute("SELECT key, answer FROM answers ORDER BY id LIMIT ?", (limit,)):
+    with _reading(ledger):
+        rows = database.execute("SELECT key, answer FROM answers ORDER BY id LIMIT ?", (limit,)).fetchall()
+    for key, packed in rows:
         answer = decode_answers([packed], _layout(about))[0]
         top = int(answer if about["answers"] == "label" else answer.argmax())
         share = "" if about["answers"] in ("label", "logits") else f" {100 * float(answer[top]):.1f} %"
@@ -552,11 +567,9 @@ def show(ledger: _LEDGER, /, limit: Annotated[int, tyro.conf.arg(help="How many.
 def verify(ledger: _LEDGER, /) -> None:
     """Check a ledger: the file's integrity, every answer's length, and that no answer is uncounted."""
     database, about = open_existing(ledger)
-    try:
+    with _reading(ledger):
         problems = [line for (line,) in database.execute("PRAGMA integrity_check(3)") if line != "ok"]
         rows = database.execute("SELECT count(*) FROM answers").fetchone()[0]
-    except sqlite3.Error as error:
-        raise UserError(f"{ledger}: not readable ({error})") from None
     if odd := _describe_odd_rows(ledger, database, about):
         problems.append(odd)
     if rows > int(about["num_queries"]):
@@ -569,7 +582,8 @@ def verify(ledger: _LEDGER, /) -> None:
 def export(ledger: _LEDGER, out: _OUT, /) -> None:
     """Write the answers to OUT: .npz (keys, answers), or .parquet (needs pyarrow)."""
     database, about = _open_whole(ledger)
-    found = database.execute("SELECT key, answer FROM answers ORDER BY id").fetchall()
+    with _reading(ledger):
+        found = database.execute("SELECT key, answer FROM answers ORDER BY id").fetchall()
     if not found:
         raise UserError(f"{ledger}: no answers in it to export")
     keys, rows = zip(*found, strict=True)

@@ -208,10 +208,14 @@ def test_a_budget_of_nothing_leaves_a_student_all_the_same(configure, capsys):
 
 def test_a_budget_that_ends_a_start_before_its_first_clip(configure, monkeypatch, capsys):
     monkeypatch.setattr(Run, "checkpoint_due", lambda run: True)
-    config = configure(attack_video_swin, ATTACK)
+    config, histories = configure(attack_video_swin, ATTACK), []
     for budget in (20, 21):  # two iterations, and then less than another batch
-        assert attack_video_swin.main(dataclasses.replace(config, query_budget=budget))["num_queries"] == 20
+        results = attack_video_swin.main(dataclasses.replace(config, query_budget=budget))
+        assert results["num_queries"] == 20
         assert f"20 of {budget} queries used" in capsys.readouterr().out
+        histories.append(results["history"])
+    assert histories[0] == histories[1]
+    assert "pairwise_distance" in histories[1][-1]
     assert attack_video_swin.main(config)["num_queries"] == 30
 
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import threading
 
 import pytest
 import torch
 
 import eval_only
+from extraction.attacks.distill import AnsweredBatch, prefetch
 from extraction.data import clips
+from extraction.data.clips import Batch
 from extraction.errors import UserError
 from extraction.victims.ledger import Ledger
 from extraction.victims.zoo import VICTIMS, load_victim
@@ -229,3 +232,27 @@ def test_the_baseline_asks_no_victim(config, tmp_path):
     results = labels_only.main(labels_only.Config(**demo | dict(out_dir=str(tmp_path / "labels"))))
     assert results["num_queries"] == 0
     assert results["victim"] is None
+
+
+def test_workers_are_started_again_by_the_thread_that_trains_and_not_beside_it():
+    """A fork beside a computing thread leaves locks held in the child: one in some dozens of workers hung for ever."""
+    training = threading.Event()
+
+    def load():
+        for number in range(6):
+            yield Batch([number], torch.empty(0), [])
+            if number in (0, 2, 3):
+                yield None
+                assert threading.current_thread() is threading.main_thread()
+                assert not training.is_set()
+
+    def query(batch, number):
+        assert batch.indices == [number - 10]
+        return AnsweredBatch(number, [], torch.empty(0), torch.empty(0), torch.empty(0), [1], False)
+
+    numbers = []
+    for _, batch in prefetch(load(), 10, 100, query, ahead=True):
+        training.set()
+        numbers.append(batch.number)
+        training.clear()
+    assert numbers == list(range(10, 16))

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import re
 import shutil
 import sqlite3
@@ -195,6 +196,46 @@ def test_a_damaged_ledger_gets_one_line_in_a_run_and_in_the_tool(damage, five_an
     if "not 24 bytes" in line:  # in other runs' ledgers too, whose rows are read as they are wanted
         message = error_line(lambda: open_ledger(tmp_path / "new.sqlite", answers_from=[path]).query(clips, KEYS))
         assert message.startswith(f"{path}: ")
+
+
+def test_damaged_pages_get_one_line_wherever_they_are(five_answers, tmp_path):
+    """As a disk damages them: anywhere in a file of some thirty pages."""
+    whole, path = tmp_path / "whole.sqlite", tmp_path / "l.sqlite"
+    shutil.copy(five_answers, whole)
+    keys = [number.to_bytes(16, "big") for number in range(1, 1001)]
+    with closing(sqlite3.connect(whole)) as database:
+        answer = database.execute("SELECT answer FROM answers").fetchone()[0]
+        database.executemany("INSERT INTO answers (key, answer) VALUES (?, ?)", [(key, answer) for key in keys])
+        database.execute("UPDATE about SET value = 1005 WHERE name = 'num_queries'")
+        database.commit()
+    content, chance = whole.read_bytes(), random.Random(0)
+    said: list[str] = []
+
+    def use() -> None:
+        ledger = open_ledger(path)
+        len(ledger)
+        ledger.reserve([*keys, b"new"])
+        ledger._keep({b"new": answer})
+
+    tools = [
+        use, lambda: ledger_module.count(str(path)), lambda: ledger_module.show(str(path)),
+        lambda: ledger_module.verify(str(path)), lambda: ledger_module.export(str(path), str(tmp_path / "out.npz")),
+        lambda: ledger_module.copy(str(path), str(tmp_path / "copy.sqlite")),
+        lambda: ledger_module.merge(str(path), str(whole)),
+    ]  # fmt: skip
+    for _ in range(40):
+        for tool in tools:
+            at, size = chance.randrange(len(content)), chance.choice([1, 100, 4000])
+            for left in tmp_path.glob("*l.sqlite-*"):
+                left.unlink()
+            path.write_bytes(content[:at] + chance.randbytes(size) + content[at + size :])
+            (tmp_path / "copy.sqlite").unlink(missing_ok=True)
+            try:
+                tool()
+            except UserError as error:
+                said.append(str(error))
+    assert len(said) > 100
+    assert not [line for line in said if "\n" in line or str(path) not in line]
 
 
 def test_the_evaluators_rows_are_looked_at_too(five_answers, tmp_path, error_line):
