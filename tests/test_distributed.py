@@ -137,6 +137,7 @@ def test_a_data_free_attack_in_two_processes_follows_one(demo_set, tmp_path):
     assert "--batch-size 9: it must be a multiple of the 2 processes" in "".join(outputs)
 
 
+@pytest.mark.slow
 def test_a_budget_ends_a_data_free_attack_in_all_processes(demo_set, tmp_path):
     flags = ["--val", demo_set / "val", "--iterations", 2, "--batch-size", 4, "--replay-clips", 16, "--query-budget", 45]
     outputs = finish(start(MAZE, tmp_path / "run", flags))

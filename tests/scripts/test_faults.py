@@ -116,6 +116,7 @@ def check_nothing_is_torn(folder: Path) -> None:
             json.loads((folder / name).read_text())
 
 
+@pytest.mark.slow  # of these two the plain tests have their fault among those of tests/chaos
 def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(tmp_path, demo_set):
     flags = small_demo(demo_set)
     process = start(SCRIPTS[0], tmp_path / "run", flags)
@@ -142,6 +143,7 @@ def test_without_data_a_script_stops_at_once_with_one_line(tmp_path):
     assert time.monotonic() - begin < 10  # 3 seconds on a machine with nothing else to do
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_with_one_line_and_goes_on_from_the_checkpoint_before(tmp_path, demo_set):
     def no_room() -> None:  # files may not grow beyond half a checkpoint
         import resource
