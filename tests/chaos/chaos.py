@@ -250,23 +250,26 @@ def start(script: str, flags: list[str], fault: Fault | None, log: Path, meter: 
     return process
 
 
-def wait_for(process: int, deadline: float, when_stopped: Callable[[], None]) -> int:
-    """The status of a process. Raises Violation when it hangs."""
-    while True:
-        found, status = os.waitpid(process, os.WNOHANG | os.WUNTRACED)
-        if found and os.WIFSTOPPED(status):
-            try:
-                when_stopped()
-            finally:
-                os.kill(process, signal.SIGCONT)
-        elif found:
-            return os.waitstatus_to_exitcode(status)
-        elif time.monotonic() > deadline:
-            os.killpg(process, signal.SIGKILL)
-            os.waitpid(process, 0)
+def wait_for(processes: list[int], deadline: float, when_stopped: Callable[[], None]) -> list[int]:
+    """The statuses of the processes of a run; what stops on the way goes on. Raises Violation when one hangs."""
+    statuses: dict[int, int] = {}
+    while len(statuses) < len(processes):
+        for process in processes:
+            found, status = os.waitpid(process, os.WNOHANG | os.WUNTRACED) if process not in statuses else (0, 0)
+            if found and os.WIFSTOPPED(status):
+                try:
+                    when_stopped()
+                finally:
+                    os.kill(process, signal.SIGCONT)
+            elif found:
+                statuses[process] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            for process in [process for process in processes if process not in statuses]:
+                os.killpg(process, signal.SIGKILL)
+                os.waitpid(process, 0)
             raise Violation(f"hung for {TIMEOUT:.0f} seconds")
-        else:
-            time.sleep(0.01)
+        time.sleep(0.01)
+    return [statuses[process] for process in processes]
 
 
 def free_port() -> str:
@@ -334,7 +337,7 @@ class Harness:
             own = fault if fault is not None and fault.rank == rank else None
             processes.append(start(script, flags, own, log, meter, place))
         deadline = time.monotonic() + TIMEOUT
-        statuses = [wait_for(process, deadline, when_stopped) for process in processes]
+        statuses = wait_for(processes, deadline, when_stopped)
         return [Life(status, log.read_text(errors="replace")) for status, log in zip(statuses, logs, strict=True)]
 
     def schedule(self, seed: int, names: list[str]) -> str:
@@ -385,7 +388,7 @@ class Harness:
             script, flags = self.flags(setting, out_dir, 1e9, 0)
             log = out_dir.parent / "second.log"
             process = start(script, flags, None, log, out_dir.parent / "second.meter", {})
-            status = wait_for(process, time.monotonic() + TIMEOUT, lambda: None)
+            (status,) = wait_for([process], time.monotonic() + TIMEOUT, lambda: None)
             output = log.read_text()
             answered = read_meter(out_dir.parent / "second.meter")
             refused = status == 1 and "a run is going on in it (process " in output and not answered
