@@ -76,6 +76,42 @@ def test_a_generator_goes_where_its_objective_is_lower(objective):
         assert value() < 0.4  # from some log 2, for dark and bright alike
 
 
+def test_a_generator_goes_where_two_students_disagree_and_asks_nothing():
+    torch.manual_seed(0)
+    student, rival = create_student("r2plus1d_tiny", 3), create_student("r2plus1d_tiny", 3)
+    for model in (student, rival):
+        model.head.weight.data.normal_(std=5e3)  # fresh ones say the same of everything
+    generator = create_generator("layered", 3, 4, 24)
+    victim = Brightness()
+    victim.num_classes, victim.query = 3, None
+    attacker = Attacker(
+        victim, student, generator, torch.optim.SGD(student.parameters(), 0.5), torch.optim.Adam(generator.parameters(), 3e-3),
+        METHODS["disguide"], clip_shape=(3, 4, 24, 24), batch_size=12, replay_clips=0, seed=0, rival=rival,
+    )  # fmt: skip
+    assert attacker.rival_optimizer.defaults["lr"] == 0.5
+    weights = [parameter.clone() for model in (student, rival) for parameter in model.parameters()]
+
+    @torch.no_grad()
+    def value() -> float:
+        attacker.begin(10**6)  # always the same noise
+        clips = generator.render(generator(*attacker.draw()))
+        first, second = student.eval()(clips).softmax(1), rival.eval()(clips).softmax(1)
+        mean = (first + second).mean(0) / 2
+        return (-((first - second).abs() / 2**0.5).mean() + 0.2 * (mean * mean.log()).sum()).item()
+
+    before = value()
+    attacker.begin(10**6)
+    attacker.step_generator_to_disagreement(0.2)
+    assert attacker._unread[-1].item() == pytest.approx(before, abs=1e-5)
+    for iteration in range(20):
+        attacker.begin(iteration)
+        attacker.step_generator_to_disagreement(0.2)
+    assert value() < before - 0.02
+    after = [parameter for model in (student, rival) for parameter in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(weights, after, strict=True))
+    assert all(parameter.grad is None for parameter in after)
+
+
 # --- losses and methods --------------------------------------------------------------------------------------------
 
 
@@ -105,6 +141,7 @@ SCRIPTS = [
     # module, constants, its queries by hand
     (attack_video_swin, ATTACK, 3 * 2 * (1 * (1 + 2) + 2)),
     (attack_video_swin, ATTACK | dict(method="dfme", num_directions=None, generator_steps=2), 3 * 2 * (2 * (1 + 1) + 2)),
+    (attack_video_swin, ATTACK | dict(method="disguide", num_directions=None), 3 * 2 * 2),
     (attack_video_movinet, ATTACK | dict(num_directions=None, iterations=1), 1 * 2 * (1 * (1 + 10) + 2)),
     (random_noise_with_swin, SMALL | dict(replay_steps=1, student_steps=2), 3 * 2 * 2),
     (conditional_gan_with_swin, CGAN, 2 * (2 * (1 + 2) + 3 * 2)),
@@ -223,6 +260,7 @@ def test_a_budget_that_ends_a_start_before_its_first_clip(configure, monkeypatch
     ("module", "constants", "num_queries"),
     [
         (attack_video_swin, ATTACK | dict(iterations=4), 40),
+        (attack_video_swin, ATTACK | dict(iterations=4, method="disguide"), 16),
         pytest.param(conditional_gan_with_swin, CGAN, 24, marks=pytest.mark.slow),
     ],
 )
