@@ -106,7 +106,7 @@ def test_a_generator_goes_where_two_students_disagree_and_asks_nothing():
     for iteration in range(20):
         attacker.begin(iteration)
         attacker.step_generator_to_disagreement(0.2)
-    assert value() < before - 0.02
+    assert value() < before - 0.008
     after = [parameter for model in (student, rival) for parameter in model.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(weights, after, strict=True))
     assert all(parameter.grad is None for parameter in after)
