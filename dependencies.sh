@@ -49,8 +49,10 @@ while IFS="=" read -r key value; do
     *.index-url) export UV_DEFAULT_INDEX="$value" ;;
     *.extra-index-url) export UV_INDEX="$value" ;;
     *.find-links) export UV_FIND_LINKS="${value// /,}" ;;
+    *.cert) export SSL_CERT_FILE="$value" ;;
   esac
 done < <("$python" -m pip config list)
+export UV_INDEX_STRATEGY=unsafe-best-match  # of several indexes the best version, as pip takes it
 "${pip[@]}" uv==0.13.9 && "$python" -m uv pip install --quiet --python "$python" -r requirements.txt || "${pip[@]}" -r requirements.txt
 "${pip[@]}" --no-deps -e .
 echo "$wanted" >"$stamp"

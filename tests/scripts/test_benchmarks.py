@@ -2,9 +2,11 @@
 
 import importlib
 import json
+import os
 import random
 import re
 import runpy
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -271,3 +273,30 @@ def test_the_real_table_has_a_run_of_each_attack_within_its_bill(demo_set, tmp_p
     links = {split: {link.resolve() for link in (tmp_path / "out/data" / split).iterdir()} for split in ("tune", "val", "web")}
     paths = [(demo_set / "unrelated_a" / name).resolve() for name in web]
     assert links == dict(tune=set(paths[:3]), val=set(paths[3:8]), web=set(paths[8:]))
+
+
+def run_gpu_parts(*args: str, **environment: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(ROOT / "benchmarks/gpu.sh"), *args]
+    known = dict(os.environ, PYTHON=sys.executable, SCALE="demo", **environment)
+    return subprocess.run(command, capture_output=True, text=True, env=known)
+
+
+def test_the_parts_for_a_gpu_are_listed_and_a_wrong_one_is_named(tmp_path):
+    listed = run_gpu_parts("--list")
+    assert (listed.returncode, len(listed.stdout.splitlines())) == (0, 14)
+    scripts = set(re.findall(r"(\S+\.py)", listed.stdout))
+    assert {script for script in scripts if not (ROOT / script).is_file()} == set()
+    wrong = run_gpu_parts(str(tmp_path / "out"), "victims", "train_stp")
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert "no part is called train_stp; there are tests demo train_step" in wrong.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_every_part_for_a_gpu_runs_on_a_cpu_and_leaves_its_table_and_none_runs_twice(tmp_path):
+    done = run_gpu_parts(str(tmp_path))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    parts = re.findall(r"^### (\w+)$", (tmp_path / "tables.md").read_text(), re.MULTILINE)
+    assert len(parts) == 14
+    again = run_gpu_parts(str(tmp_path))
+    assert again.stdout.count(" already") == 14
