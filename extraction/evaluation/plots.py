@@ -11,9 +11,13 @@ from extraction.errors import printable
 
 
 def draw_curve(path: str | Path, history: Sequence[dict], victim_top1: float | None, chance: float, title: str) -> None:
-    """Draw accuracy and agreement against queries; against epochs for a run that asks nothing while it trains."""
-    along_epochs = len({point["num_queries"] for point in history}) == 1 and "epoch" in history[0]
-    axis = "epoch" if along_epochs else "num_queries"
+    """Draw accuracy and agreement along the epochs or iterations of a run, the queries used by then on a second axis above.
+
+    Not against the queries: once answers come round again these stand still while the student learns on, and a student in
+    mid-training at a number of queries is not what so many queries can buy (`draw_budgets` shows that). An epoch that the query
+    budget cut short stands where it would have ended.
+    """
+    axis = "epoch" if "epoch" in history[0] else "iteration"
     figure, axes = _pyplot().subplots(figsize=(7, 4.5), layout="constrained")
     along = [point[axis] for point in history]
     for name, label in (
@@ -21,19 +25,23 @@ def draw_curve(path: str | Path, history: Sequence[dict], victim_top1: float | N
         ("top1", "student top-1"),
         ("top5", "student top-5"),
     ):
-        if history and name in history[0]:
+        if name in history[0]:
             axes.plot(along, [100 * point[name] for point in history], marker="o", markersize=3, label=label)
     if victim_top1 is not None:
         axes.axhline(100 * victim_top1, color="black", linestyle="--", linewidth=1, label="victim top-1")
     axes.axhline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance top-1")
-    axes.set(xlabel="queries" if axis == "num_queries" else "epoch", ylabel="%", ylim=(0, 102), title=title)
+    axes.set(xlabel=axis, ylabel="%", ylim=(0, 102), title=title)
+    _mark_queries(axes, {point[axis]: point["num_queries"] for point in history})
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=8)
     _save(figure, path, 120)
 
 
 def draw_curves(path: str | Path, runs: Mapping[str, Sequence[dict]], chance: float, title: str) -> None:
-    """Draw top-1 of several runs, against epochs: `runs` maps a name to a history. Without labels in one, agreement@1."""
+    """Draw top-1 of several runs, along epochs: `runs` maps a name to a history. Without labels in one, agreement@1.
+
+    The queries stand on a second axis where all the runs had used the same number at each epoch.
+    """
     metric = "top1" if all("top1" in point for points in runs.values() for point in points) else "agreement_at_1"
     figure, axes = _pyplot().subplots(figsize=(7, 4.5), layout="constrained")
     for name, history in runs.items():
@@ -41,9 +49,23 @@ def draw_curves(path: str | Path, runs: Mapping[str, Sequence[dict]], chance: fl
         axes.plot([p["epoch"] for p in shown], [100 * p[metric] for p in shown], marker="o", markersize=3, label=name)
     axes.axhline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance")
     axes.set(xlabel="epoch", ylabel=f"{metric}, %", ylim=(0, 102), title=title)
+    used = {(point["epoch"], point["num_queries"]) for history in runs.values() for point in history}
+    if len({epoch for epoch, _ in used}) == len(used):
+        _mark_queries(axes, dict(sorted(used)))
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=8)
     _save(figure, path, 120)
+
+
+def _mark_queries(axes, used: Mapping[float, int]) -> None:
+    """A second x axis with the queries used at some of the points: `used` maps a place to a count. No axis without queries."""
+    if not any(used.values()):
+        return
+    places = list(used)
+    shown = places[:: -(-len(places) // 6)]  # six at most: they would run into one another
+    above = axes.secondary_xaxis("top")
+    above.set_xticks(shown, [str(used[place]) for place in shown])
+    above.set_xlabel("queries used")
 
 
 def draw_budgets(path: str | Path, curves: Mapping[str, Mapping[int, Sequence[float]]], metric: str) -> None:

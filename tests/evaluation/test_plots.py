@@ -75,3 +75,56 @@ def test_a_font_of_the_system_is_used_where_the_default_has_no_letter(tmp_path, 
     assert pyplot.rcParams["font.family"][0] == "sans-serif"
     assert len(pyplot.rcParams["font.family"]) == 2
     assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list:
+    """The figures that are drawn, before they are closed."""
+    drawn: list = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path, dpi: (figure.canvas.draw(), drawn.append(figure)))
+    return drawn
+
+
+def read_above(figure) -> list[tuple[float, str]]:
+    """The places and the labels of the second x axis."""
+    (above,) = figure.axes[0].child_axes or [None]
+    return (
+        []
+        if above is None
+        else [(tick, text.get_text()) for tick, text in zip(above.get_xticks(), above.get_xticklabels(), strict=True)]
+    )
+
+
+def test_a_curve_goes_along_the_epochs_and_the_queries_stand_above(tmp_path, figures):
+    """Answers come round again after two epochs: the points of later epochs must not stand over one another."""
+    queries = [100, 200, 200, 200]
+    history = [dict(epoch=k + 1, num_queries=n, top1=0.1 * k, agreement_at_1=0.2 * k) for k, n in enumerate(queries)]
+    plots.draw_curve(tmp_path / "c.png", history, 0.9, 0.1, "run")
+    lines = figures[0].axes[0].lines
+    assert [list(line.get_xdata()) for line in lines[:2]] == [[1, 2, 3, 4]] * 2
+    assert list(lines[1].get_ydata()) == pytest.approx([0, 10, 20, 30])
+    assert figures[0].axes[0].get_xlabel() == "epoch"
+    assert read_above(figures[0]) == [(1, "100"), (2, "200"), (3, "200"), (4, "200")]
+    assert figures[0].axes[0].child_axes[0].get_xlabel() == "queries used"
+
+
+def test_a_curve_of_a_generator_goes_along_its_iterations(tmp_path, figures):
+    history = [dict(iteration=10 * k, num_queries=160 * k, top1=0.1) for k in range(1, 13)]
+    plots.draw_curve(tmp_path / "c.png", history, None, 0.1, "run")
+    assert list(figures[0].axes[0].lines[0].get_xdata()) == [10 * k for k in range(1, 13)]
+    assert read_above(figures[0]) == [(10 * k, str(160 * k)) for k in (1, 3, 5, 7, 9, 11)]
+
+
+def test_without_queries_there_is_no_second_axis(tmp_path, figures):
+    plots.draw_curve(tmp_path / "c.png", [dict(epoch=k, num_queries=0, top1=0.1) for k in (1, 2)], None, 0.1, "run")
+    assert read_above(figures[0]) == []
+
+
+@pytest.mark.parametrize(("second", "above"), [(5, [(1, "5"), (2, "10")]), (6, [])])
+def test_curves_of_several_runs_have_queries_above_where_they_are_the_same(tmp_path, figures, second, above):
+    runs = {
+        name: [dict(epoch=k, num_queries=k * each, top1=0.1) for k in range(1, 3)] for name, each in dict(a=5, b=second).items()
+    }
+    plots.draw_curves(tmp_path / "c.png", runs, 0.1, "two")
+    assert [list(line.get_xdata()) for line in figures[0].axes[0].lines[:2]] == [[1, 2]] * 2
+    assert read_above(figures[0]) == above
