@@ -34,7 +34,7 @@ from extraction.evaluation.scoring import (
     tally,
     write_class_table,
 )
-from extraction.evaluation.suite import write_unseen_set
+from extraction.evaluation.suite import write_tune_set, write_unseen_set
 from extraction.experiment import run_script
 from extraction.students import load_student
 from extraction.victims.classes import read_classes
@@ -73,6 +73,8 @@ class Config(options.VictimFileOptions, options.ComputeOptions):
     """Score on the built-in demo set's held-out videos."""
     unseen: bool = False
     """With --demo: on 1 200 other videos, drawn for this alone: no experiment's constants were settled on them."""
+    tune: bool = False
+    """With --demo: on 600 other videos, drawn to choose constants on: no table shows them."""
 
 
 DEMO = dict(
@@ -86,10 +88,12 @@ DEMO = dict(
 
 def main(config: Config) -> dict:
     options.check_options(config)
-    if config.unseen and not config.demo:
-        raise UserError("--unseen: it goes with --demo")
-    if config.unseen:
-        config = replace(config, data=str(write_unseen_set()))
+    if config.unseen and config.tune:
+        raise UserError("--unseen and --tune: choose one, the videos that tables show or those that constants are chosen on")
+    if (config.unseen or config.tune) and not config.demo:
+        raise UserError(f"--{'unseen' if config.unseen else 'tune'}: it goes with --demo")
+    if config.unseen or config.tune:
+        config = replace(config, data=str(write_unseen_set() if config.unseen else write_tune_set()))
     elif config.demo:
         write_demo_set("datasets/demo", {"val": 20})
     root = require_folder(config.data, "videos, in class folders or unlabelled,")

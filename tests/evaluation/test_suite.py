@@ -5,9 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from extraction.data.clips import Clips
+from extraction.data.folders import find_videos
 from extraction.errors import UserError
 from extraction.evaluation import suite
+from extraction.evaluation.scoring import predict_videos
 from extraction.evaluation.suite import Experiment, run_all, write_between_markers, write_table
+from extraction.students import create_student
+from extraction.victims.zoo import load_model
+from extraction.weights import save_weights
 
 SCRIPT = """
 import json, pathlib, sys
@@ -23,7 +29,7 @@ results = dict(
     top5=0.9, agreement_at_1=0.25, seconds=3.2, num_val_videos=240, chance_top1=1 / 12, commit="abc", argv=sys.argv[1:],
     stopped="query budget exhausted" if "--short" in flags else "epochs",
 )
-(out / "unseen.json").write_text(json.dumps(dict(unseen_top1=0.4 + 0.1 * seed)))
+(out / "unseen.json").write_text(json.dumps(dict(unseen_top1=0.4 + 0.1 * seed, unseen_agreement_at_1=0.3)))
 (out / "results.json").write_text(json.dumps(results))
 """
 
@@ -43,12 +49,12 @@ def test_a_failure_is_named_and_only_what_is_missing_runs_again(experiments, tmp
     with pytest.raises(UserError, match=r"failed: second \(seed 0\), second \(seed 1\)"):
         run_all(experiments, runs, True, (0, 1))
     table = (runs / "table.md").read_text()
-    assert "| second | - | - | - | - | - | - | - | - | - / 8.3 |" in table
+    assert "| second | - | - | - | - | - | - | - | - | - | - / 8.3 |" in table
     (tmp_path / "fixed").touch()
     table = run_all(experiments, runs, True, (0, 1))
     assert (runs / "seed_0" / "first" / "count").read_text() == "x"
     assert (runs / "seed_0" / "second" / "count").read_text() == "xx"
-    row = "| {} | demo_swin 97.9 | tiny | 1000 ± 1 | 45.0 ± 7.1 | 55.0 ± 7.1 | 90.0 | 25.0 | 3 | {} |"
+    row = "| {} | demo_swin 97.9 | tiny | 1000 ± 1 | 45.0 ± 7.1 | 30.0 | 55.0 ± 7.1 | 90.0 | 25.0 | 3 | {} |"
     assert row.format("first", "54.8 / 31.4") in table
     assert row.format("second", "- / 8.3") in table
     assert "240 held-out videos, chance 8.3; seeds 0, 1; commit abc." in table
@@ -75,6 +81,37 @@ def test_runs_scored_without_labels_show_agreement_and_its_intervals(experiments
     assert "| first | tflite:a.tflite | tiny | 1000 ± 1 | 25.0 | 60.0 ± 14.1 | 1.25 | 3 |" in both
     assert "| first | tflite:a.tflite | tiny | 1000 | 25.0 | 50.0 (44.0-58.0) | 1.25 | 3 |" in one
     assert "with 95 % intervals by video; seed 0" in one
+
+
+def test_unseen_videos_are_scored_with_and_without_a_victim_that_is_asked_once(demo_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "UNSEEN", tmp_path / "unseen")
+    monkeypatch.setattr(suite, "write_unseen_set", lambda: demo_set)
+    opened = []
+    monkeypatch.setattr(suite, "load_model", lambda *given, **more: opened.append(given) or load_model(*given, **more))
+    victim = load_model("demo_swin")
+    about = dict(student="r2plus1d_tiny", classes=list(victim.classes), num_frames=16, stride=1, size=48)
+    student = create_student("r2plus1d_tiny", 12)
+    shown = dict(student="r2plus1d_tiny", config={})
+    scores = []
+    for name, of in (("a", dict(victim="demo_swin", victim_fingerprint=victim.fingerprint)), ("b", dict(victim=None))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(shown | of))
+        save_weights(tmp_path / name / "student.safetensors", student.net.state_dict(), about)
+        for _ in range(2):
+            suite._score_unseen(tmp_path / name)
+        scores.append(json.loads((tmp_path / name / "unseen.json").read_text()))
+    assert len(opened) == 1
+    (kept,) = (tmp_path / "unseen" / "victims").iterdir()
+    assert kept.name.startswith(f"{victim.fingerprint}-")
+    assert scores[0].keys() == {"unseen_top1", "unseen_agreement_at_1", "num_unseen_videos"}
+    assert scores[1] == {name: scores[0][name] for name in ("unseen_top1", "num_unseen_videos")}
+    clips = Clips(find_videos(demo_set, victim.classes, "val"), 16, size=48, views=(1, 1))
+    own, theirs = (predict_videos(model.eval(), clips, "cpu").probs for model in (student, victim))
+    assert scores[0]["unseen_agreement_at_1"] == pytest.approx((own.argmax(1) == theirs.argmax(1)).float().mean().item())
+    (tmp_path / "a" / "unseen.json").write_text(json.dumps(dict(unseen_top1=0.5)))  # of before
+    suite._score_unseen(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "unseen.json").read_text()) == scores[0]
+    assert len(opened) == 1
 
 
 def test_no_results_at_all_is_one_line(tmp_path):
