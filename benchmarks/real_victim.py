@@ -18,7 +18,8 @@ from extraction import options
 from extraction.data.folders import find_videos, require_folder
 from extraction.errors import UserError
 from extraction.evaluation.plots import draw_budgets
-from extraction.evaluation.suite import Experiment, read_run, run_all
+from extraction.evaluation.results import read_run
+from extraction.evaluation.suite import Experiment, run_all
 from extraction.experiment import run_script
 
 HERE = Path(__file__).parent

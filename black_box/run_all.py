@@ -31,6 +31,8 @@ class Config:
     """Random seeds; with several, the table has their mean and standard deviation."""
     only: tuple[str, ...] = ()
     """Run and tabulate only these experiments."""
+    against: str | None = None
+    """Add a column with the differences to this experiment, paired by seed, and their standard error."""
     write_docs: bool = False
     """Write the table into docs/results.md too, between the markers of this script."""
     out_dir: str = "runs/black_box"
@@ -45,7 +47,7 @@ DEMO = dict(demo=True, out_dir="runs/black_box_demo")
 def main(config: Config) -> str:
     experiments = [Experiment(name, f"black_box/{name}.py", published) for name, published in PUBLISHED.items()]
     document = "black_box/run_all.py" if config.write_docs else None
-    return run_all(experiments, config.out_dir, config.demo, config.seeds, config.only, document)
+    return run_all(experiments, config.out_dir, config.demo, config.seeds, config.only, document, config.against)
 
 
 if __name__ == "__main__":

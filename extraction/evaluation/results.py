@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Annotated, Any
 
 import tyro
@@ -18,6 +19,7 @@ from extraction.weights import save_weights
 
 # What the scores are called on screen.
 SCORES = {"top1": "top-1", "top5": "top-5", "agreement_at_1": "agreement@1", "agreement_at_5": "agreement@5"}
+UNSEEN_SCORES = {"unseen_top1": "top-1, unseen", "unseen_agreement_at_1": "agreement@1, unseen"}
 QUERY_BUDGET = "query budget"  # what `stopped` says of a run that its budget ended
 # The options that tell runs of one experiment apart.
 _DEFENCE = ("defence", "defence_strength", "defence_after", "wire")
@@ -189,17 +191,69 @@ def read_results(folder: str | Path) -> dict:
     return results
 
 
+def read_run(folder: Path) -> dict | None:
+    """The results of a run, with its scores on the unseen videos if there are any; None for one that has not ended."""
+    if not (folder / "results.json").is_file():
+        return None
+    unseen = folder / "unseen.json"
+    return read_results(folder) | (json.loads(unseen.read_text()) if unseen.is_file() else {})
+
+
+def describe_difference(scores: Mapping[int, float], reference: Mapping[int, float], digits: int = 1) -> str:
+    """`+2.1 ± 0.4 (3 seeds)`: mean and standard error of the paired differences over the seeds that both have.
+
+    Both map a seed to a score. What a seed does to both, such as its order of the clips, is not in a paired difference. One
+    seed has no standard error; `-` without a seed in common.
+    """
+    seeds = sorted(scores.keys() & reference.keys())
+    if not seeds:
+        return "-"
+    differences = [scores[seed] - reference[seed] for seed in seeds]
+    shown = f"{mean(differences):+.{digits}f}"
+    if len(seeds) == 1:
+        return f"{shown} (1 seed)"
+    return f"{shown} ± {stdev(differences) / len(seeds) ** 0.5:.{digits}f} ({len(seeds)} seeds)"
+
+
+def _print_differences(runs: Sequence[dict], others: Sequence[dict]) -> None:
+    """Print how two groups of runs differ, paired by seed. Raises UserError for groups that cannot be paired."""
+    groups: list[dict[int, dict]] = [{}, {}]
+    for group, members in zip(groups, (runs, others), strict=True):
+        for run in members:
+            seed = run.get("config", {}).get("seed")
+            if seed is None or seed in group:
+                raise UserError(
+                    f"{run['experiment']}: {'no seed' if seed is None else f'seed {seed} twice'} in a group to compare"
+                )
+            group[seed] = run
+    seeds = sorted(groups[0].keys() & groups[1].keys())
+    if not seeds:
+        raise UserError("--against: the two groups have no seed in common")
+    print(f"differences to --against, mean ± standard error, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}:")
+    for name, label in (UNSEEN_SCORES | SCORES).items():
+        scores, reference = (
+            {seed: 100 * run[name] for seed, run in group.items() if run.get(name) is not None} for group in groups
+        )
+        if scores.keys() & reference.keys():
+            print(f"  {label} {describe_difference(scores, reference)}")
+
+
 def tabulate(
     folders: Annotated[
         tuple[Path, ...],
         tyro.conf.Positional,
         tyro.conf.arg(metavar="RUN ...", help="Folders of finished runs, a row each.", help_behavior_hint="(required)"),
     ],
+    against: Annotated[
+        tuple[Path, ...],
+        tyro.conf.arg(metavar="RUN ...", help="Other runs: say how the first differ from these, paired by seed."),
+    ] = (),
 ) -> None:
     """One table of several runs on the same held-out videos: their victims, their students, chance."""
     if not folders:
         raise UserError("name the folder of a run, or several: python -m extraction.evaluation.results RUN ...")
-    runs = [read_results(folder) for folder in folders]
+    num_first, folders = len(folders), (*folders, *against)
+    runs = [read_results(folder) | (read_run(folder) or {}) for folder in folders]
     for folder, run in zip(folders, runs, strict=True):
         for name, default in (("num_val_videos", None), ("num_val_clips", "num_val_videos"), ("chance_top1", None)):
             first, own = (other.get(name, other.get(default)) for other in (runs[0], run))
@@ -209,6 +263,8 @@ def tabulate(
                     "only scores on the same held-out videos go into one table"
                 )
     print_results(*runs)
+    if against:
+        _print_differences(runs[:num_first], runs[num_first:])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from extraction.data.demo import write_demo_set
 from extraction.data.folders import find_videos
 from extraction.errors import UserError, printable
 from extraction.evaluation.plots import draw_bars
-from extraction.evaluation.results import count_queries, percent, read_results
+from extraction.evaluation.results import SCORES, UNSEEN_SCORES, count_queries, describe_difference, percent, read_run
 from extraction.evaluation.scoring import name_clips, predict_videos, score
 from extraction.students import load_student
 from extraction.victims.zoo import load_model
@@ -28,13 +28,7 @@ UNSEEN = Path("datasets/demo_unseen")  # 1 200 demo videos that no experiment's 
 TUNE = Path("datasets/demo_tune")  # 600 others, which are there for that; no table shows them
 
 # The columns of a table: with labels, and where students are scored by agreement alone.
-_LABELLED = {
-    "unseen_top1": "top-1, unseen",
-    "unseen_agreement_at_1": "agreement@1, unseen",
-    "top1": "top-1",
-    "top5": "top-5",
-    "agreement_at_1": "agreement@1",
-}
+_LABELLED = UNSEEN_SCORES | {name: SCORES[name] for name in ("top1", "top5", "agreement_at_1")}
 _UNLABELLED = {"agreement_at_1": "agreement@1", "agreement_at_5": "agreement@5", "mean_kl": "mean KL, nats"}
 
 
@@ -64,17 +58,19 @@ def run_all(
     seeds: Sequence[int],
     only: Sequence[str] = (),
     document: str | None = None,
+    against: str | None = None,
 ) -> str:
     """Run every experiment with every seed, each in a process and a run folder of its own: `out_dir/seed_0/name`.
 
     What is finished is not run again; what was interrupted, or ended by its query budget, goes on. In the demo each student is
     scored on the unseen videos too. Writes and prints the table, and returns it; `document` names a script between whose
-    markers docs/results.md gets the table. `only` names the experiments to take. Raises UserError for a name that is none, and
-    at the end, with their names, when experiments failed; the others are in the table all the same.
+    markers docs/results.md gets the table. `only` names the experiments to take, `against` the one that the table compares the
+    others with. Raises UserError for a name that is none, and at the end, with their names, when experiments failed; the others
+    are in the table all the same.
     """
     if not seeds:
         raise UserError("--seeds: name at least one")
-    unknown = set(only) - {experiment.name for experiment in experiments}
+    unknown = {*only, *([against] if against else [])} - {experiment.name for experiment in experiments}
     if unknown:
         raise UserError(f"no experiment is called {min(unknown)}; there are {', '.join(e.name for e in experiments)}")
     experiments = [experiment for experiment in experiments if not only or experiment.name in only]
@@ -96,7 +92,7 @@ def run_all(
                 _score_unseen(Path(out_dir) / f"seed_{seed}" / experiment.name)
     failure = f"failed: {', '.join(failed)}; run the same again to try these once more"
     try:
-        table = write_table(experiments, out_dir, seeds)
+        table = write_table(experiments, out_dir, seeds, against)
     except UserError as error:
         raise UserError(f"{error}; {failure}" if failed else str(error)) from None
     print(f"\n{table}\nin {printable(out_dir)}/table.md and table.png")
@@ -107,20 +103,32 @@ def run_all(
     return table
 
 
-def write_table(experiments: Sequence[Experiment], out_dir: str | Path, seeds: Sequence[int]) -> str:
+def write_table(
+    experiments: Sequence[Experiment], out_dir: str | Path, seeds: Sequence[int], against: str | None = None
+) -> str:
     """Write `table.md` and `table.png` into `out_dir` from the results there are. Returns the Markdown.
 
-    With several seeds a figure is their mean and standard deviation. Raises UserError when there are no results at all.
+    With several seeds a figure is their mean and standard deviation. `against` names an experiment: a column more has the
+    paired differences to it in the table's first score, with their standard error. Raises UserError when there are no results
+    at all.
     """
     out_dir = Path(out_dir)
-    found = {e.name: [r for seed in seeds if (r := read_run(out_dir / f"seed_{seed}" / e.name))] for e in experiments}
+
+    def read_runs(name: str) -> dict[int, dict]:
+        return {seed: results for seed in seeds if (results := read_run(out_dir / f"seed_{seed}" / name))}
+
+    by_seed = {experiment.name: read_runs(experiment.name) for experiment in experiments}
+    found = {name: list(runs.values()) for name, runs in by_seed.items()}
     some = next((results[0] for results in found.values() if results), None)
     if some is None:
         raise UserError(f"{out_dir}: no experiment has left results there")
     labelled = any(r.get("top1") is not None for results in found.values() for r in results)
     metrics = _LABELLED if labelled else _UNLABELLED
     published = labelled or any(experiment.published != "-" for experiment in experiments)
-    head = ["experiment", "victim", "student", "queries", *metrics.values(), "seconds"]
+    first_score = next((name for name in metrics if any(r.get(name) is not None for runs in found.values() for r in runs)), "")
+    reference = _pick_score(read_runs(against), first_score) if against else {}
+    difference = [f"{metrics[first_score]}: difference to {against}"] if against and first_score else []
+    head = ["experiment", "victim", "student", "queries", *metrics.values(), *difference, "seconds"]
     head += ["published top-5 / top-1"] * published
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for experiment in experiments:
@@ -137,6 +145,9 @@ def write_table(experiments: Sequence[Experiment], out_dir: str | Path, seeds: S
         scores = [_describe_metric(results, metric) for metric in metrics]
         queries = _spread([float(count_queries(r)) for r in results], 0)
         seconds = _spread([r["seconds"] for r in results], 0)
+        if difference:
+            own = {} if experiment.name == against else _pick_score(by_seed[experiment.name], first_score)
+            scores.append(describe_difference(own, reference, 2 if first_score == "mean_kl" else 1))
         cells = [experiment.name, victim, first["student"], queries, *scores, seconds, *[experiment.published] * published]
         lines.append(f"| {' | '.join(cells)} |")
     commits = sorted({r["commit"] for results in found.values() for r in results})
@@ -145,7 +156,8 @@ def write_table(experiments: Sequence[Experiment], out_dir: str | Path, seeds: S
     text = "\n".join(lines) + (
         f"\n\nPercent on {some['num_val_videos']} held-out videos{others}, chance {100 * some['chance_top1']:.1f}"
         f"{'' if labelled or len(seeds) > 1 else ', with 95 % intervals by video'}; "
-        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(str(s) for s in seeds)}; commit {', '.join(commits)}.\n"
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(str(s) for s in seeds)}; commit {', '.join(commits)}."
+        f"{' Differences: mean ± standard error, paired by seed.' if difference else ''}\n"
     )
     write_atomically(out_dir / "table.md", lambda file: file.write(text.encode()))
     bars = {
@@ -160,14 +172,6 @@ def write_table(experiments: Sequence[Experiment], out_dir: str | Path, seeds: S
 def _is_done(folder: Path) -> bool:
     results = read_run(folder)
     return results is not None and results["stopped"] in ("epochs", "iterations")
-
-
-def read_run(folder: Path) -> dict | None:
-    """The results of a run, with its score on the unseen videos if there is one; None for one that has not ended."""
-    if not (folder / "results.json").is_file():
-        return None
-    unseen = folder / "unseen.json"
-    return read_results(folder) | (json.loads(unseen.read_text()) if unseen.is_file() else {})
 
 
 def _score_unseen(folder: Path) -> None:
@@ -217,6 +221,11 @@ def write_between_markers(path: Path, name: str, text: str) -> None:
     if not end:
         raise UserError(f"{path}: no lines <!-- {name} --> and <!-- end --> in it, between which the table belongs")
     write_atomically(path, lambda file: file.write(f"{before}{start}\n{text}\n{end}{after}".encode()))
+
+
+def _pick_score(runs: Mapping[int, dict], name: str) -> dict[int, float]:
+    """A score of each seed that has it, in the table's unit."""
+    return {seed: (1 if name == "mean_kl" else 100) * r[name] for seed, r in runs.items() if r.get(name) is not None}
 
 
 def _describe_metric(results: Sequence[dict], metric: str) -> str:

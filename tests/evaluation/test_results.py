@@ -133,6 +133,30 @@ def test_runs_of_other_clips_of_the_same_videos_are_not_put_beside(tmp_path):
         tabulate((tmp_path / "a", write_run(tmp_path / "c", num_val_clips=480)))
 
 
+def test_two_groups_of_runs_are_compared_seed_by_seed(tmp_path, capsys):
+    """Top-1 52, 50 and 57 against 50, 49 and 51: differences 2, 1 and 6, mean 3, standard deviation 2.65, error 1.53."""
+
+    def write_group(name: str, scores: dict[int, float]) -> tuple[Path, ...]:
+        return tuple(
+            write_run(tmp_path / f"{name}{seed}", top1=score, config=dict(seed=seed, out_dir=name))
+            for seed, score in scores.items()
+        )
+
+    new, old = write_group("new", {0: 0.52, 1: 0.50, 2: 0.57, 5: 0.1}), write_group("old", {2: 0.51, 1: 0.49, 0: 0.50})
+    (new[0] / "unseen.json").write_text(json.dumps(dict(unseen_top1=0.5)))
+    (old[2] / "unseen.json").write_text(json.dumps(dict(unseen_top1=0.4)))
+    tabulate(new, old)
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("differences to --against, mean ± standard error, seeds 0, 1, 2:")
+    assert lines[start + 1 : start + 3] == ["  top-1, unseen +10.0 (1 seed)", "  top-1 +3.0 ± 1.5 (3 seeds)"]
+    with pytest.raises(UserError, match="seed 1 twice in a group"):
+        tabulate(new, (old[1], old[1]))
+    with pytest.raises(UserError, match="no seed in common"):
+        tabulate(new[3:], old)
+    with pytest.raises(UserError, match="no seed in a group"):
+        tabulate(new, (write_run(tmp_path / "bare"),))
+
+
 def test_curves_without_labels_are_of_agreement(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "_save", lambda figure, path, dpi: drawn.append(figure))

@@ -83,6 +83,25 @@ def test_runs_scored_without_labels_show_agreement_and_its_intervals(experiments
     assert "with 95 % intervals by video; seed 0" in one
 
 
+def test_differences_are_paired_by_seed_and_have_a_standard_error(experiments, tmp_path):
+    """0.6, 0.5, 0.9 against 0.4, 0.5, 0.6: differences 20, 0 and 30 points, mean 16.7, standard deviation 15.28, error 8.82."""
+    runs = [experiments[0], experiments[0]._replace(name="other")]
+    run_all(runs, tmp_path, False, (0, 1, 2))
+    for name, scores in (("first", (0.4, 0.5, 0.6)), ("other", (0.6, 0.5, 0.9))):
+        for seed, score in enumerate(scores):
+            (tmp_path / f"seed_{seed}" / name / "unseen.json").write_text(json.dumps(dict(unseen_top1=score)))
+    table = run_all(runs, tmp_path, False, (0, 1, 2), against="first")
+    head, _, first, other = table.splitlines()[:4]
+    column = head.split(" | ").index("top-1, unseen: difference to first")
+    assert (first.split(" | ")[column], other.split(" | ")[column]) == ("-", "+16.7 ± 8.8 (3 seeds)")
+    assert "paired by seed" in table
+    assert "+16.7" in run_all(runs, tmp_path, False, (0, 1, 2), only=("other",), against="first")
+    (tmp_path / "seed_1" / "first" / "results.json").unlink()
+    assert "| +25.0 ± 5.0 (2 seeds) |" in write_table(runs, tmp_path, (0, 1, 2), "first")  # of 20 and 30
+    with pytest.raises(UserError, match="no experiment is called third"):
+        run_all(runs, tmp_path, False, (0,), against="third")
+
+
 def test_unseen_videos_are_scored_with_and_without_a_victim_that_is_asked_once(demo_set, tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "UNSEEN", tmp_path / "unseen")
     monkeypatch.setattr(suite, "write_unseen_set", lambda: demo_set)
