@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from extraction.data.cache import ClipCache, Source, open_cache
-from extraction.data.decoding import Broken, Probe, Unreadable, decode_clip, probe
+from extraction.data.decoding import Broken, Unreadable, decode_clip
 from extraction.data.folders import Video
+from extraction.data.probes import probe_videos
 from extraction.errors import UserError, printable
 
 
@@ -102,28 +102,26 @@ class Clips(Dataset):
         self.refs: list[ClipRef] = []
         self.broken: list[tuple[Path, str]] = []
         self.num_videos = 0  # those that can be read
-        with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-            probes = pool.map(_probe_or_reason, [video.path for video in videos])
-            bar = tqdm(probes, total=len(videos), desc=desc, unit="video", leave=False, dynamic_ncols=True)
-            for video, found in zip(videos, bar, strict=True):
-                if fps and not isinstance(found, str) and not found.fps:
-                    found = "no frame rate in the file, which --fps wants"
-                if isinstance(found, str):
-                    self.broken.append((video.path, found))
-                    continue
-                if fps and found.fps:
-                    stride = max(1, round(found.fps / fps))
-                last = max(0, found.num_frames - ((num_frames - 1) * stride + 1))
-                if views:
-                    starts = [round(last * (k + 0.5) / views[0]) for k in range(views[0])]
-                    crops = [0.5] if views[1] == 1 else [k / (views[1] - 1) for k in range(views[1])]
-                else:
-                    starts, crops = list(range(0, last + 1, clip_interval or num_frames * stride)), [0.5]
-                for start in starts:
-                    for crop in crops:
-                        key = name_clip(found.fingerprint, start, num_frames, stride, size, crop)
-                        self.refs.append(ClipRef(video.path, start, video.label, key, self.num_videos, crop, stride))
-                self.num_videos += 1
+        kept_in = cache.folder if cache is not None and cache.max_gb else None
+        for video, found in zip(videos, probe_videos([video.path for video in videos], kept_in, desc), strict=True):
+            if fps and not isinstance(found, str) and not found.fps:
+                found = "no frame rate in the file, which --fps wants"
+            if isinstance(found, str):
+                self.broken.append((video.path, found))
+                continue
+            if fps and found.fps:
+                stride = max(1, round(found.fps / fps))
+            last = max(0, found.num_frames - ((num_frames - 1) * stride + 1))
+            if views:
+                starts = [round(last * (k + 0.5) / views[0]) for k in range(views[0])]
+                crops = [0.5] if views[1] == 1 else [k / (views[1] - 1) for k in range(views[1])]
+            else:
+                starts, crops = list(range(0, last + 1, clip_interval or num_frames * stride)), [0.5]
+            for start in starts:
+                for crop in crops:
+                    key = name_clip(found.fingerprint, start, num_frames, stride, size, crop)
+                    self.refs.append(ClipRef(video.path, start, video.label, key, self.num_videos, crop, stride))
+            self.num_videos += 1
         self._refuse_empty_classes(videos)
         if num_clips is not None:
             ranks = [hashlib.blake2b(f"{seed}:{ref.key}".encode(), digest_size=8).digest() for ref in self.refs]
@@ -151,13 +149,6 @@ class Clips(Dataset):
             return index, self.kept.get(index, decode) if self.kept else decode()
         except Unreadable as error:
             return index, Broken(ref.path, str(error))
-
-
-def _probe_or_reason(path: Path) -> Probe | str:
-    try:
-        return probe(path)
-    except Unreadable as error:
-        return str(error)
 
 
 class Batch(NamedTuple):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from extraction.data import augment, cache, clips, images
+from extraction.data import augment, cache, clips, images, probes
 from extraction.data.augment import Augmentation
 from extraction.data.cache import ClipCache
 from extraction.data.clips import Clips, load_batches
@@ -130,7 +130,7 @@ def test_a_changed_video_never_gives_an_old_clip(videos, kept_in):
 
 
 def test_a_change_that_a_clips_key_does_not_show_is_seen_all_the_same(videos, kept_in, monkeypatch):
-    monkeypatch.setattr(clips, "probe", lambda path: Probe(probe(path).num_frames, path.stem))  # as in a long video's middle
+    monkeypatch.setattr(probes, "probe", lambda path: Probe(probe(path).num_frames, path.stem))  # as in a long video's middle
     before = pixels(Clips(videos, **SHAPE, cache=kept_in))
     write_falling_video(videos[0].path)
     after = pixels(Clips(videos, **SHAPE, cache=kept_in))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from extraction.data import clips as clips_module
+from extraction.data import probes
 from extraction.data.clips import Clips, load_batches
 from extraction.data.decoding import probe
 from extraction.data.demo import write_video
@@ -62,7 +62,7 @@ def test_fps_takes_the_nearest_frames_of_each_video(tmp_path):
 
 def test_a_video_that_does_not_say_its_rate_is_left_out_where_it_matters(write_counting_video, tmp_path, monkeypatch):
     videos = [Video(write_counting_video(tmp_path / f"{name}.mp4", 20), -1) for name in "ab"]
-    monkeypatch.setattr(clips_module, "probe", lambda path: probe(path)._replace(**{"fps": None} if path.stem == "b" else {}))
+    monkeypatch.setattr(probes, "probe", lambda path: probe(path)._replace(**{"fps": None} if path.stem == "b" else {}))
     assert Clips(videos, 4, size=32).broken == []
     assert Clips(videos, 4, size=32, fps=5).broken == [(tmp_path / "b.mp4", "no frame rate in the file, which --fps wants")]
 
