@@ -107,9 +107,10 @@ def main(config: Config, run: Run) -> dict:
     steps = config.epochs * -(-len(clips) // config.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     training = Training(
-        run, student, optimizer, schedule, evaluator, victim, queries, config.epochs, config.batch_size, config.num_workers
-    )
-    for batch in training:
+        run, student, optimizer, schedule, evaluator, victim, queries, config.epochs, config.batch_size, config.num_workers,
+        **config.recipe,
+    )  # fmt: skip
+    for batch in map(training.vary, training):
         loss = kl_divergence(training.forward(batch.clips), batch.targets)
         training.step(loss)
     stopped = QUERY_BUDGET if exhausted else None

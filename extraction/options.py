@@ -180,7 +180,29 @@ class InDomainOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoOptions:
+class RecipeOptions:
+    """How a student is trained on the answers there are (docs/recipe.md): no query depends on it."""
+
+    schedule: Literal["own", "one_cycle"] = "own"
+    """own: the script's learning rates; one_cycle: a warm-up over 5 % of all batches, then a cosine to zero at the last."""
+    ema: Annotated[float, Range(0, 0.99999)] | None = None
+    """Average the weights with this decay a step, score them too and save student_ema.safetensors; None: no average."""
+    student_crop: Annotated[float, Range(0, 0.9)] = 0.0
+    """Show the student random crops of an answered view, a side up to this fraction shorter; 0: the view itself."""
+    student_erase: Annotated[float, Range(0, 0.9)] = 0.0
+    """Erase a box of up to this fraction of the frame from what the student is shown, the same in all frames."""
+    mixup: Annotated[float, Range(0.01, 100)] | None = None
+    """Show the student mixtures of two clips, shares drawn from Beta(a, a), with their answers mixed; None: single clips."""
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What `Training` takes of it."""
+        varied = dict(crop=self.student_crop, erase=self.student_erase, mixup=self.mixup)
+        return dict(use_one_cycle=self.schedule == "one_cycle", ema=self.ema, **varied)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOptions(RecipeOptions):
     """How videos are cut and augmented, and how a student is trained on them."""
 
     clip_interval: Count
@@ -210,16 +232,20 @@ class VideoOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class QueryOptions:
-    """What is sent beside the in-domain videos, and how often."""
+    """What is sent beside the in-domain videos, how often, and how its answers are matched."""
 
     aux: tuple[str, ...] = ()
     """Unrelated videos: ucf101, hmdb51, moments_in_time, or any folders."""
     views_per_clip: Count | None = None
     """Cycle through this many views of a clip instead of a new one each epoch, which bounds the queries."""
+    matching: Literal["kl", "logits"] = "kl"
+    """kl: KL(victim || student); logits: squared differences of log-probabilities and logits, each about its mean."""
+    temperature: Annotated[float, Range(0.1, 1000)] = 1.0
+    """Soften the victim's answers and the student's by this temperature in the KL; not for labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageOptions:
+class ImageOptions(RecipeOptions):
     """Clips of moving pictures, and how a student is trained on them."""
 
     layers: Layers = (Layer(),)

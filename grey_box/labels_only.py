@@ -57,9 +57,10 @@ def main(config: Config, run: Run) -> dict:
     optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr), fused=True)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
     training = Training(
-        run, student, optimizer, schedule, evaluator, None, queries, config.epochs, config.batch_size, config.num_workers
-    )
-    for batch in training:
+        run, student, optimizer, schedule, evaluator, None, queries, config.epochs, config.batch_size, config.num_workers,
+        **config.recipe,
+    )  # fmt: skip
+    for batch in map(training.vary, training):
         loss = cross_entropy(training.forward(batch.clips), batch.labels)
         training.step(loss)
     return training.finish()

@@ -17,7 +17,7 @@ import torch
 
 from extraction import options
 from extraction.attacks.distill import Training
-from extraction.attacks.losses import kl_divergence
+from extraction.attacks.losses import choose_matching
 from extraction.data.augment import Augmentation
 from extraction.data.clips import Clips
 from extraction.data.folders import find_aux_videos
@@ -55,6 +55,7 @@ DEMO = options.VIDEO_DEMO | dict(
 
 @experiment
 def main(config: Config, run: Run) -> dict:
+    match = choose_matching(config.matching, config.temperature, config.answers, config.decimals)
     compute, victim, evaluator = open_attack(config, run)
     clips = Clips(find_aux_videos(config.aux, config.demo), **config.cut, **config.shape)
     augmentation = Augmentation(config.hflip, config.brightness, config.rotation)
@@ -63,10 +64,11 @@ def main(config: Config, run: Run) -> dict:
     optimizer = torch.optim.AdamW(student.parameter_groups(config.head_lr, config.body_lr), fused=True)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
     training = Training(
-        run, student, optimizer, schedule, evaluator, victim, queries, config.epochs, config.batch_size, config.num_workers
-    )
-    for batch in training:
-        loss = kl_divergence(training.forward(batch.clips), batch.targets)
+        run, student, optimizer, schedule, evaluator, victim, queries, config.epochs, config.batch_size, config.num_workers,
+        **config.recipe,
+    )  # fmt: skip
+    for batch in map(training.vary, training):
+        loss = match(training.forward(batch.clips), batch.targets)
         training.step(loss)
     return training.finish()
 

@@ -83,9 +83,10 @@ def main(config: Config, run: Run) -> dict:
         keep_masked(student.net, masks, optimizer)
         schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
         training = Training(
-            run, student, optimizer, schedule, evaluator, None, queries, epochs, config.batch_size, config.num_workers
-        )
-        for batch in training:
+            run, student, optimizer, schedule, evaluator, None, queries, epochs, config.batch_size, config.num_workers,
+            **config.recipe,
+        )  # fmt: skip
+        for batch in map(training.vary, training):
             loss = cross_entropy(training.forward(batch.clips), batch.labels)
             training.step(loss)
         return training

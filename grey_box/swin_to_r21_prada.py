@@ -19,7 +19,7 @@ import torch
 from extraction import options
 from extraction.attacks.crafting import create_crafter
 from extraction.attacks.distill import Training
-from extraction.attacks.losses import kl_divergence
+from extraction.attacks.losses import choose_matching
 from extraction.data.augment import Augmentation
 from extraction.data.clips import Clips
 from extraction.data.folders import find_aux_videos, find_videos
@@ -59,6 +59,7 @@ DEMO = options.IN_DOMAIN_DEMO | dict(
 
 @experiment
 def main(config: Config, run: Run) -> dict:
+    match = choose_matching(config.matching, config.temperature, config.answers, config.decimals)
     compute, victim, evaluator = open_attack(config, run)
     videos = find_videos(config.in_domain, victim.classes, "train", config.in_domain_list)
     clips = Clips(videos + find_aux_videos(config.aux, config.demo), **config.cut, **config.shape)
@@ -73,12 +74,13 @@ def main(config: Config, run: Run) -> dict:
     )
     training = Training(
         run, student, optimizer, schedule, evaluator, victim, queries, config.epochs, config.batch_size, config.num_workers,
-        prefetch_answers=False,
+        prefetch_answers=False, **config.recipe,
     )  # fmt: skip
     for batch in training:
         if not batch.exhausted:
             batch = training.query_more(batch, *craft(student, batch))
-        loss = kl_divergence(training.forward(batch.clips), batch.targets)
+        batch = training.vary(batch)
+        loss = match(training.forward(batch.clips), batch.targets)
         training.step(loss)
     return training.finish()
 

@@ -1,13 +1,14 @@
 """Training a student on a victim's answers: the batches, and all that happens between two of them.
 
     training = Training(run, student, optimizer, schedule, evaluator, victim, QuerySet(clips, ...), 10, 16)
-    for batch in training:
+    for batch in map(training.vary, training):
         loss = kl_divergence(training.forward(batch.clips), batch.targets)
         training.step(loss)
     return training.finish()
 
-The script says what the loss is. `Training` draws order and views from the seed, queries the victim within its budget, scores
-the student after each epoch, logs, saves, and resumes.
+The script says what the loss is; `vary` makes of a batch, as the victim saw it, what the student is shown. `Training` draws
+order and views from the seed, queries the victim within its budget, scores the student after each epoch, logs, saves, and
+resumes.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -26,6 +28,7 @@ from tqdm import tqdm
 
 from extraction import distributed
 from extraction.attacks.losses import answers_to_targets
+from extraction.attacks.recipe import NUM_DRAWS, AveragedWeights, crop_and_erase, mix, one_cycle, seed_step, spread_labels
 from extraction.data.clips import Batch, load_with_pauses, name_once
 from extraction.data.queries import QuerySet
 from extraction.errors import UserError, printable
@@ -44,7 +47,7 @@ class AnsweredBatch(NamedTuple):
     number: int  # of the batch, from the start of training
     keys: list[bytes]
     clips: Tensor  # float (B, C, T, H, W) in [0, 1]
-    labels: Tensor  # int64 (B,), true labels; -1 without one
+    labels: Tensor  # int64 (B,), true labels; -1 without one. After mixup float (B, num_classes)
     targets: Tensor  # float (B, num_classes), the victim's probabilities; empty without a victim
     counts: list[int]  # clips in each process
     exhausted: bool  # the query budget left some out
@@ -57,6 +60,11 @@ class Training:
     true labels alone. `prefetch_answers` asks about the next batch while the student learns from this one. `clips.png` in the
     run's folder shows the first batch as the victim saw it. `history` has a dict per evaluation, `stopped` what ended the
     run: "epochs" or "query budget".
+
+    The recipe (`extraction.attacks.recipe`) is off by default. `use_one_cycle` puts that schedule, over all batches, in the
+    place of `schedule`. `ema` averages the weights with this decay: the average is scored beside the student in `history`
+    (`top1_ema` and so on) and saved as `student_ema.safetensors`, but the student, which later stages go on from, is the one
+    with its own weights. `crop`, `erase` and `mixup` are what `vary` does.
 
     Resumes from the run's checkpoint, bitwise reproducible on a CPU. Of several processes (`extraction.distributed`) each takes
     its share of every batch. Raises UserError when the loss is not finite, KeyboardInterrupt after Ctrl-C, the state being
@@ -78,6 +86,11 @@ class Training:
         *,
         max_grad_norm: float | None = None,
         prefetch_answers: bool = True,
+        use_one_cycle: bool = False,
+        ema: float | None = None,
+        crop: float = 0.0,
+        erase: float = 0.0,
+        mixup: float | None = None,
     ):
         self.run, self.student, self.optimizer, self.schedule = run, student, optimizer, schedule
         self.evaluator, self.victim, self.queries = evaluator, victim, queries
@@ -87,6 +100,11 @@ class Training:
         if evaluator is not None:
             evaluator.refuse_overlap(queries.clips)
         self.order = _Order(len(queries), batch_size, epochs, queries.seed)
+        if use_one_cycle:
+            self.schedule = one_cycle(optimizer, self.order.num_batches)
+        self.crop, self.erase, self.mixup = crop, erase, mixup
+        if mixup is not None:  # partners are of the same process
+            distributed.require_one_process("--mixup")
         self.device = next(student.parameters()).device
         self.history: list[dict] = []
         self.stopped = "epochs"
@@ -94,6 +112,7 @@ class Training:
         self._losses: deque[float] = deque(maxlen=100)
         self._unread: list[Tensor] = []
         self._forward = distributed.parallel(student)
+        self.average = None if ema is None else AveragedWeights(student.net, ema)
 
     # --- what a script calls ---
 
@@ -127,6 +146,28 @@ class Training:
                     break
         self.broken = name_once(distributed.gather(self.broken))
 
+    def vary(self, batch: AnsweredBatch) -> AnsweredBatch:
+        """`batch` as the student is shown it: cropped, erased and mixed, deterministic in (seed, batch); itself without these.
+
+        The answers are those to the clips that were sent. Mixed are clips, answers and labels, these then (B, num_classes).
+        """
+        if not (self.crop or self.erase or self.mixup):
+            return batch
+        draw, before = seed_step(self.queries.seed, batch.number), sum(batch.counts[: distributed.rank()])
+        uniform = draw.random((sum(batch.counts), NUM_DRAWS))[before : before + len(batch.clips)]
+        batch = batch._replace(clips=crop_and_erase(batch.clips, uniform, self.crop, self.erase))
+        if self.mixup is None:
+            return batch
+        assert isinstance(self.student, Student)
+        partners = torch.from_numpy(draw.permutation(len(batch.clips))).to(self.device)
+        shares = torch.from_numpy(draw.beta(self.mixup, self.mixup, len(batch.clips)).astype(np.float32)).to(self.device)
+        labels = spread_labels(batch.labels, self.student.num_classes)
+        return batch._replace(
+            clips=mix(batch.clips, partners, shares),
+            targets=mix(batch.targets, partners, shares) if len(batch.targets) else batch.targets,
+            labels=mix(labels, partners, shares),
+        )
+
     def forward(self, clips: Tensor) -> Tensor:
         """The student's logits (B, num_classes), to be followed by `step`.
 
@@ -144,6 +185,8 @@ class Training:
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.max_grad_norm)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self._batch.number)
         if not isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step()
         self._unread.append(loss.detach())
@@ -172,7 +215,7 @@ class Training:
         assert isinstance(self.student, Student)
         return finish(
             self.run, self.student, self.victim, self.evaluator, self.history, stopped or self.stopped,
-            [*broken, *self.broken], **more,
+            [*broken, *self.broken], None if self.average is None else self.average.state, **more,
         )  # fmt: skip
 
     # --- what happens between two batches ---
@@ -206,7 +249,8 @@ class Training:
         if end_of_epoch or exhausted:
             point: dict[str, Any] = dict(epoch=epoch + 1, num_queries=self._num_queries(), loss=self._mean_loss())
             if self.evaluator is not None:
-                point |= self.evaluator.score(self.student.eval())
+                averaged = self._score_average(self.evaluator)
+                point |= self.evaluator.score(self.student.eval()) | averaged
                 self.student.train()
             self.history.append(point)
             scores = {name: value for name, value in point.items() if name not in ("epoch", "num_queries")}
@@ -218,6 +262,16 @@ class Training:
             self._save(number + 1)
         if self.run.stop_asked:
             raise KeyboardInterrupt(f"saved in {self.run.folder}; run the same command again to continue")
+
+    def _score_average(self, evaluator: Evaluator) -> dict[str, float]:
+        """The scores of the averaged weights, `top1_ema` and so on, if there are any.
+
+        They come before the student's own, for intervals and KL are those of the evaluator's last score.
+        """
+        if self.average is None:
+            return {}
+        with self.average.in_place():
+            return {f"{name}_ema": value for name, value in evaluator.score(self.student.eval()).items()}
 
     def _read_losses(self, epoch: int, number: int) -> None:
         for value in distributed.all_reduce_sum(torch.stack(self._unread)).tolist():
@@ -259,16 +313,26 @@ class Training:
             self.student.net.load_state_dict(state["student"])
             restore_optimizer(self.optimizer, state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
+            if self.average is not None:
+                self._restore_average(state["ema"])
             self._losses.extend(state["recent"])
             self.history = state["history"]
         print(f"resuming {printable(self.run.folder)} at batch {state['batch']} of {self.order.num_batches}", flush=True)
         return state["batch"]
 
+    def _restore_average(self, state: dict[str, Tensor]) -> None:
+        assert self.average is not None
+        kept = {name: value.cpu() for name, value in self.average.state.items()}
+        require_form(state, kept, "averaged weights")
+        for name, value in state.items():
+            self.average.state[name].copy_(value)
+
     def _save(self, batch: int) -> None:
         parts: dict[str, Any] = dict(student=self.student.net, optimizer=self.optimizer, schedule=self.schedule)
         state = {name: part.state_dict() for name, part in parts.items()}
         counted = dict(num_queries=self._num_queries(), recent=list(self._losses), history=self.history, batch=batch)
-        self.run.save_state(state | counted)
+        averaged = {} if self.average is None else dict(ema=self.average.state)
+        self.run.save_state(state | counted | averaged)
 
 
 class _Order:
@@ -318,7 +382,9 @@ def _describe_queries(victim: Ledger) -> str:
 
 def _describe_point(point: dict, epochs: int) -> str:
     shown = [
-        f"{name.replace('_at_', '@')} {100 * point[name]:.1f}" for name in ("top1", "top5", "agreement_at_1") if name in point
+        f"{name.replace('_at_', '@')} {100 * point[name]:.1f}"
+        for name in ("top1", "top5", "agreement_at_1", "top1_ema", "agreement_at_1_ema")
+        if name in point
     ]
     scores = f"{', '.join(shown)} %, " if shown else ""
     loss = "untrained" if math.isnan(point["loss"]) else f"loss {point['loss']:.3f}"

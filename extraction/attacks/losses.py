@@ -1,7 +1,13 @@
 """What students are trained to: the victim's answers as targets, and the losses against them."""
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from extraction.errors import UserError
 
 
 def answers_to_targets(answers: Tensor, answer_type: str, num_classes: int) -> Tensor:
@@ -33,8 +39,54 @@ def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
     return F.kl_div(logits.log_softmax(1), targets, reduction="batchmean")
 
 
+def choose_matching(
+    matching: str, temperature: float, answers: str, decimals: int | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss against the victim's probabilities that an attack's options name: `kl_divergence`, at a temperature or not, or
+    `match_logits`. Called with student logits and victim probabilities, both (B, num_classes).
+
+    The logarithm of a probability that was rounded away is none: probabilities are clamped at half of the last decimal, and at
+    1e-6 where nothing was rounded; of logits none is. Raises UserError for labels, which have one probability alone, and for a
+    temperature that would have no effect.
+    """
+    if matching == "kl" and temperature == 1.0:
+        return kl_divergence
+    if answers == "label":
+        raise UserError("--answers label: it has no probabilities that --matching logits or a --temperature could match")
+    floor = torch.finfo(torch.float32).tiny if answers == "logits" else 1e-6 if decimals is None else 0.5 * 10.0**-decimals
+    if matching == "kl":
+        return partial(soft_kl_divergence, temperature=temperature, floor=floor)
+    if temperature != 1.0:
+        raise UserError(f"--temperature {temperature}: --matching logits has none; leave one of them away")
+    return partial(match_logits, floor=floor)
+
+
+def soft_kl_divergence(logits: Tensor, targets: Tensor, temperature: float, floor: float = 1e-6) -> Tensor:
+    """t^2 KL(victim || student) at temperature t, mean over clips (Hinton et al. 2015, arXiv 1503.02531).
+
+    Both sides are softmax(log-probabilities / t); `floor` is the least probability of the victim.
+    """
+    softened = (targets.clamp(min=floor).log() / temperature).softmax(1)
+    return temperature**2 * kl_divergence(logits / temperature, softened)
+
+
+def match_logits(logits: Tensor, targets: Tensor, floor: float = 1e-6) -> Tensor:
+    """Half the mean squared difference of the student's logits and the victim's log-probabilities, each about its own mean.
+
+    Matching logits (Ba & Caruana 2014, arXiv 1312.6184), which probabilities tell up to a constant a clip; it is what
+    `soft_kl_divergence` tends to at high temperatures. `floor` is the least probability of the victim.
+    """
+    logs = targets.clamp(min=floor).log()
+    return 0.5 * ((logits - logits.mean(1, keepdim=True)) - (logs - logs.mean(1, keepdim=True))).square().mean()
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy to the true labels (B,) where there are any (-1: none), summed and divided by all clips, in nats."""
+    """Cross-entropy to the true labels (B,) where there are any (-1: none), summed and divided by all clips, in nats.
+
+    After mixup labels are float (B, num_classes): the share of each class in a clip, of those that have a label.
+    """
+    if labels.is_floating_point():
+        return -(labels * logits.log_softmax(1)).sum() / len(logits)
     return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / len(logits)
 
 

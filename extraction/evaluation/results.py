@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from typing import Annotated, Any
 
 import tyro
+from torch import Tensor
 
 from extraction.data.clips import name_once, report_broken
 from extraction.errors import UserError, printable, run_tool
@@ -34,10 +35,12 @@ def finish(
     history: list[dict],
     stopped: str = "epochs",
     broken: Sequence[tuple[Path, str]] = (),
+    averaged: Mapping[str, Tensor] | None = None,
     **more: Any,
 ) -> dict:
     """Save the student, draw the curve, write `results.json` and print the table. `more` goes into the results.
 
+    `averaged` weights of the student are saved beside it, as `student_ema.safetensors`.
     `num_queries_before`, the queries of earlier stages, count in the student's file and in the table too.
     `stopped` is "epochs", "iterations" or `QUERY_BUDGET`. Returns the results.
     """
@@ -54,6 +57,8 @@ def finish(
     if clips.fps is not None:
         about["fps"] = clips.fps
     save_weights(run.folder / "student.safetensors", student.net.state_dict(), about)
+    if averaged is not None:
+        save_weights(run.folder / "student_ema.safetensors", averaged, about)
     chance = 1.0 / len(evaluator.classes)
     draw_curve(run.folder / "curve.png", history, evaluator.victim_scores.get("top1"), chance, run.experiment)
     final = {k: v for k, v in history[-1].items() if k not in ("epoch", "iteration", "num_queries", "loss")}

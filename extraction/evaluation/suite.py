@@ -175,22 +175,29 @@ def _is_done(folder: Path) -> bool:
 
 
 def _score_unseen(folder: Path) -> None:
-    """Write `unseen.json` beside the results of a finished demo run, unless it is there: top-1 and agreement@1."""
+    """Write `unseen.json` beside the results of a finished demo run, unless it is there: top-1 and agreement@1.
+
+    With averaged weights also theirs, `unseen_top1_ema` and `unseen_agreement_at_1_ema`, which no table shows.
+    """
     results = read_run(folder)
     if results is None or ("unseen_top1" in results and (results["victim"] is None or "unseen_agreement_at_1" in results)):
         return
-    student, about = load_student(results["student"], folder / "student.safetensors")
-    if missing := {"num_frames", "stride", "size", "classes"} - set(about):
-        raise UserError(f"{folder / 'student.safetensors'}: does not say its {min(missing)}; delete {folder} and run it again")
-    shape = ClipShape(num_frames=about["num_frames"], stride=about["stride"], size=about["size"], fps=about.get("fps"))
-    clips = Clips(find_videos(write_unseen_set(), about["classes"], "val"), views=(1, 1), **shape)
-    compute = choose_compute()
-    of_victim = None if results["victim"] is None else _answer_unseen(results, clips, compute)
-    predictions = predict_videos(
-        compute.prepare(student), clips, compute.device, desc=f"unseen videos, {printable(folder.name)}"
-    )
-    scores = {f"unseen_{name}": value for name, value in score(predictions.probs, predictions.labels, of_victim).items()}
-    kept = {name: scores[name] for name in ("unseen_top1", "unseen_agreement_at_1") if name in scores}
+    kept: dict[str, float] = {}
+    for suffix in ("", "_ema"):
+        weights = folder / f"student{suffix}.safetensors"
+        if suffix and not weights.is_file():
+            continue
+        student, about = load_student(results["student"], weights)
+        if missing := {"num_frames", "stride", "size", "classes"} - set(about):
+            raise UserError(f"{weights}: does not say its {min(missing)}; delete {folder} and run it again")
+        shape = ClipShape(num_frames=about["num_frames"], stride=about["stride"], size=about["size"], fps=about.get("fps"))
+        clips = Clips(find_videos(write_unseen_set(), about["classes"], "val"), views=(1, 1), **shape)
+        compute = choose_compute()
+        of_victim = None if results["victim"] is None else _answer_unseen(results, clips, compute)
+        desc = f"unseen videos, {printable(folder.name)}"
+        predictions = predict_videos(compute.prepare(student), clips, compute.device, desc=desc)
+        scores = score(predictions.probs, predictions.labels, of_victim)
+        kept |= {f"unseen_{name}{suffix}": scores[name] for name in ("top1", "agreement_at_1") if name in scores}
     content = json.dumps(kept | dict(num_unseen_videos=clips.num_videos)).encode()
     write_atomically(folder / "unseen.json", lambda file: file.write(content))
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from extraction.data.clips import Clips
 from extraction.data.folders import find_videos
@@ -116,13 +117,19 @@ def test_unseen_videos_are_scored_with_and_without_a_victim_that_is_asked_once(d
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(shown | of))
         save_weights(tmp_path / name / "student.safetensors", student.net.state_dict(), about)
+        if name == "a":  # with averaged weights, here those of a student that names one class
+            only = student.net.state_dict() | {"fc.bias": torch.eye(12)[3] * 1e6}
+            save_weights(tmp_path / name / "student_ema.safetensors", only, about)
         for _ in range(2):
             suite._score_unseen(tmp_path / name)
         scores.append(json.loads((tmp_path / name / "unseen.json").read_text()))
     assert len(opened) == 1
     (kept,) = (tmp_path / "unseen" / "victims").iterdir()
     assert kept.name.startswith(f"{victim.fingerprint}-")
-    assert scores[0].keys() == {"unseen_top1", "unseen_agreement_at_1", "num_unseen_videos"}
+    assert scores[0].keys() == {f"unseen_{name}{of}" for name in ("top1", "agreement_at_1") for of in ("", "_ema")} | {
+        "num_unseen_videos"
+    }
+    assert scores[0]["unseen_top1_ema"] == pytest.approx(1 / 12)
     assert scores[1] == {name: scores[0][name] for name in ("unseen_top1", "num_unseen_videos")}
     clips = Clips(find_videos(demo_set, victim.classes, "val"), 16, size=48, views=(1, 1))
     own, theirs = (predict_videos(model.eval(), clips, "cpu").probs for model in (student, victim))
