@@ -67,6 +67,8 @@ class Config(options.Options, options.ImageOptions, options.VictimOptions):
     """How often an epoch shows each clip of a class with fewer, at most."""
     jitter: options.Rate = 0.1
     """Distance of a path from the kept one it is drawn around: standard deviation of each of its numbers, which are 0 to 1."""
+    transfer: Literal["quota", "all"] = "quota"
+    """Clips to train on: the quota of each class, or all that were answered, rarer classes repeated up to the largest one."""
     epochs: int = 30
 
 
@@ -100,8 +102,10 @@ def main(config: Config, run: Run) -> dict:
     student = compute.prepare(create_student(config.student, victim.num_classes, config.student_weights))
     run.begin()
     motion = Motion(config.num_frames, config.layers)
-    kept, selection, exhausted = select_clips(config, victim, images, motion, compute.device)
-    chosen = balance_classes(kept, config.quota, config.repeats)
+    answered, selection, exhausted = select_clips(config, victim, images, motion, compute.device)
+    kept = [clips[: config.quota] for clips in answered]
+    each = config.quota if config.transfer == "quota" else max(map(len, answered))
+    chosen = balance_classes(kept if config.transfer == "quota" else answered, each, config.repeats)
     note_transfer_set(run, chosen, victim.classes)
     draws = {view_key(config.seed, candidate.ref.key, 0, motion): candidate.draws for candidate in chosen}
 
@@ -134,16 +138,17 @@ def select_clips(
 ) -> tuple[list[list[Candidate]], list[dict], bool]:
     """Spend the budget on finding `quota` clips of each class.
 
-    Returns the clips of each class, what was reached after each round, and whether the budget is exhausted.
+    Returns all clips by the class they were named, what was reached after each round, and whether the budget is exhausted.
     Raises UserError when not even one clip can be asked about. Run again, it asks nothing that was answered.
     """
-    kept: list[list[Candidate]] = [[] for _ in victim.classes]
+    named: list[list[Candidate]] = [[] for _ in victim.classes]
     selection, asked, exhausted = [], 0, False
     draw = np.random.default_rng([config.seed, 1])
     bar = tqdm(total=config.num_explore + config.num_rounds * config.per_round, desc="asking", unit="clip", dynamic_ncols=True)
     with bar:
         for number in range(1 + config.num_rounds):
             count = config.per_round if number else config.num_explore
+            kept = [clips[: config.quota] for clips in named]
             ways = propose_paths(kept, config.quota, config.jitter, count, NUM_DRAWS * len(motion.layers), draw)
             pairs = draw.integers(len(images.files), size=(count, len(motion.layers))).tolist()
             refs = [
@@ -171,19 +176,18 @@ def select_clips(
             asked += len(answered)
             answers = victim.query(torch.empty(0), [keys[i] for i in answered]) if answered else torch.empty(0)
             for i, label in zip(answered, (answers if answers.ndim == 1 else answers.argmax(1)).tolist(), strict=True):
-                if len(kept[label]) < config.quota:
-                    kept[label].append(Candidate(refs[i], ways[i], label))
-            full = sum(len(clips) == config.quota for clips in kept)
-            reached = sum(bool(clips) for clips in kept)
-            shares = dict(classes_reached=reached / len(kept), quotas_full=full / len(kept))
-            selection.append(dict(num_queries=asked, **shares, kept=sum(map(len, kept))))
-            bar.write(f"{asked} clips asked: {reached} of {len(kept)} classes named, {full} quotas full")
-            if exhausted or full == len(kept):
+                named[label].append(Candidate(refs[i], ways[i], label))
+            counts = [min(len(clips), config.quota) for clips in named]
+            full, reached = counts.count(config.quota), sum(map(bool, counts))
+            shares = dict(classes_reached=reached / len(counts), quotas_full=full / len(counts))
+            selection.append(dict(num_queries=asked, **shares, kept=sum(counts)))
+            bar.write(f"{asked} clips asked: {reached} of {len(counts)} classes named, {full} quotas full")
+            if exhausted or full == len(counts):
                 break
     if not asked:
         reason = "" if exhausted else f" ({images.broken[0][0].name}: {images.broken[0][1]})"
         raise UserError(f"not one clip was answered: {'no query budget' if exhausted else 'no image can be read'}{reason}")
-    return kept, selection, exhausted
+    return named, selection, exhausted
 
 
 def propose_paths(
@@ -205,7 +209,7 @@ def propose_paths(
 
 
 def balance_classes(kept: list[list[Candidate]], quota: int, repeats: int) -> list[Candidate]:
-    """The transfer set: `quota` clips of every class that was named, those of rarer ones coming `repeats` times at most."""
+    """The transfer set: `quota` clips of every class that was named, each clip of a rarer one `repeats` times at most."""
     return [clips[k % len(clips)] for clips in kept for k in range(min(quota, repeats * len(clips)))]
 
 

@@ -82,6 +82,16 @@ def test_num_queries_of_label_only_is_the_docstrings_formula_and_training_is_bal
     assert [point["num_queries"] for point in results["history"]] == [results["num_queries"]] * 2  # training asks nothing
 
 
+def test_label_only_can_train_on_all_that_it_has_paid_for(label_only, tmp_path):
+    results = natural_images_label_only.main(dataclasses.replace(label_only, transfer="all", epochs=1))
+    chosen = json.loads((tmp_path / "run" / "transfer_set.json").read_text())
+    assert len({key for _, _, key in chosen}) == results["num_queries"]
+    counts = {name: len({key for label, _, key in chosen if label == name}) for name, _, _ in chosen}
+    assert max(counts.values()) > 8  # beyond the quota
+    for name, count in counts.items():
+        assert sum(label == name for label, _, _ in chosen) == min(max(counts.values()), 2 * count)
+
+
 def test_weights_of_another_network_are_found_before_the_first_query(label_only, tmp_path):
     save_weights(tmp_path / "other.safetensors", {"a": torch.zeros(1)}, {})
     with pytest.raises(UserError, match=r"other\.safetensors"):
