@@ -35,6 +35,7 @@ import socket
 import sqlite3
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -49,6 +50,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import golden
 from metered import put_meter, read_meter
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from tqdm import tqdm
 
 from extraction.data.demo import write_demo_set
 from extraction.errors import UserError
@@ -205,6 +207,7 @@ def install(events: Events, meter: Path) -> None:
 def live(script: str, flags: list[str], fault: Fault | None, log: Path, meter: Path, place: dict[str, str]) -> int:
     """Be the process of a run. Returns its exit status."""
     os.setsid()
+    tqdm.set_lock(threading.RLock())  # the one it has is shared with all that are forked from here, and dies locked with one
     for number, opened in ((0, os.open(os.devnull, os.O_RDONLY)), (1, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC))):
         os.dup2(opened, number)
     os.dup2(1, 2)
