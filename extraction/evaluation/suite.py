@@ -89,7 +89,7 @@ def run_all(
     if demo:
         for seed in seeds:
             for experiment in experiments:
-                _score_unseen(Path(out_dir) / f"seed_{seed}" / experiment.name)
+                score_unseen(Path(out_dir) / f"seed_{seed}" / experiment.name)
     failure = f"failed: {', '.join(failed)}; run the same again to try these once more"
     try:
         table = write_table(experiments, out_dir, seeds, against)
@@ -143,8 +143,8 @@ def write_table(
             name = re.sub(r"(^|:)[^:]*/", r"\1", first["victim"])  # a file's, without its folder
             victim = f"{name} {percent(first['victim_top1'])}" if labelled else name
         scores = [_describe_metric(results, metric) for metric in metrics]
-        queries = _spread([float(count_queries(r)) for r in results], 0)
-        seconds = _spread([r["seconds"] for r in results], 0)
+        queries = describe_spread([float(count_queries(r)) for r in results], 0)
+        seconds = describe_spread([r["seconds"] for r in results], 0)
         if difference:
             own = {} if experiment.name == against else _pick_score(by_seed[experiment.name], first_score)
             scores.append(describe_difference(own, reference, 2 if first_score == "mean_kl" else 1))
@@ -174,7 +174,7 @@ def _is_done(folder: Path) -> bool:
     return results is not None and results["stopped"] in ("epochs", "iterations")
 
 
-def _score_unseen(folder: Path) -> None:
+def score_unseen(folder: Path) -> None:
     """Write `unseen.json` beside the results of a finished demo run, unless it is there: top-1 and agreement@1.
 
     With averaged weights also theirs, `unseen_top1_ema` and `unseen_agreement_at_1_ema`, which no table shows.
@@ -239,14 +239,14 @@ def _describe_metric(results: Sequence[dict], metric: str) -> str:
     """The mean of several runs and how they differ; of a single one without labels the score with its interval by video."""
     scale = 1 if metric == "mean_kl" else 100
     digits = 2 if metric == "mean_kl" else 1
-    shown = _spread([scale * r[metric] for r in results if r.get(metric) is not None], digits)
+    shown = describe_spread([scale * r[metric] for r in results if r.get(metric) is not None], digits)
     if metric in _UNLABELLED and len(results) == 1 and results[0].get("top1") is None and metric in results[0]["intervals"]:
         low, high = results[0]["intervals"][metric]
         shown += f" ({scale * low:.{digits}f}-{scale * high:.{digits}f})"
     return shown
 
 
-def _spread(values: Sequence[float], digits: int = 1) -> str:
+def describe_spread(values: Sequence[float], digits: int = 1) -> str:
     if not values:
         return "-"
     shown = f"{mean(values):.{digits}f}"

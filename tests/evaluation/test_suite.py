@@ -121,7 +121,7 @@ def test_unseen_videos_are_scored_with_and_without_a_victim_that_is_asked_once(d
             only = student.net.state_dict() | {"fc.bias": torch.eye(12)[3] * 1e6}
             save_weights(tmp_path / name / "student_ema.safetensors", only, about)
         for _ in range(2):
-            suite._score_unseen(tmp_path / name)
+            suite.score_unseen(tmp_path / name)
         scores.append(json.loads((tmp_path / name / "unseen.json").read_text()))
     assert len(opened) == 1
     (kept,) = (tmp_path / "unseen" / "victims").iterdir()
@@ -135,7 +135,7 @@ def test_unseen_videos_are_scored_with_and_without_a_victim_that_is_asked_once(d
     own, theirs = (predict_videos(model.eval(), clips, "cpu").probs for model in (student, victim))
     assert scores[0]["unseen_agreement_at_1"] == pytest.approx((own.argmax(1) == theirs.argmax(1)).float().mean().item())
     (tmp_path / "a" / "unseen.json").write_text(json.dumps(dict(unseen_top1=0.5)))  # of before
-    suite._score_unseen(tmp_path / "a")
+    suite.score_unseen(tmp_path / "a")
     assert json.loads((tmp_path / "a" / "unseen.json").read_text()) == scores[0]
     assert len(opened) == 1
 
