@@ -14,8 +14,8 @@ epoch and writes its ledger. `KnockoffNets` adaptive draws clips with replacemen
 step on each clip as it comes before its epochs: the column "steps" counts. Its bandit's arms are the folders of the clips; its
 reward is the certainty of answers, for that of "loss" would take the softmax of probabilities.
 
-Seconds are wall-clock from before victim and clips are loaded (ours: from the start of Python) to the saved student; peak memory
-is that of the process. Each run is a process of its own. What is done is not run again; writes table.md.
+Seconds are wall-clock from before victim and clips are loaded (ours: from the start of Python) to the saved student; peak
+memory is that of the process. Each run is a process of its own. What is done is not run again; writes table.md.
 """
 
 import importlib.util

@@ -2,11 +2,14 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from extraction.attacks import distill
+from extraction.attacks.distill import AnsweredBatch, Training
 from extraction.attacks.losses import (
     choose_matching,
     cross_entropy,
@@ -260,10 +263,16 @@ def test_every_script_that_has_the_recipe_follows_it():
         assert ("choose_matching(" in text) == ("QueryOptions" in text), path
 
 
-def test_what_the_student_is_shown_is_one_draw_a_batch():
-    """Of several processes each has its rows of it."""
-    uniform = np.random.default_rng(0).random((6, 7))
-    clips = torch.rand(6, 3, 2, 16, 16)
-    both = crop_and_erase(clips, uniform, 0.3, 0.3)
-    halves = [crop_and_erase(clips[k : k + 3], uniform[k : k + 3], 0.3, 0.3) for k in (0, 3)]
-    assert torch.equal(torch.cat(halves), both)
+def test_of_several_processes_each_shows_its_share_of_one_draw(monkeypatch):
+    training = SimpleNamespace(crop=0.3, erase=0.3, mixup=None, queries=SimpleNamespace(seed=5))
+    clips = torch.rand(7, 3, 2, 16, 16)
+
+    def vary(rank: int, own: slice, counts: list[int], number: int = 3) -> torch.Tensor:
+        monkeypatch.setattr(distill.distributed, "rank", lambda: rank)
+        empty = torch.empty(0)
+        return Training.vary(training, AnsweredBatch(number, [], clips[own], empty, empty, counts, False)).clips
+
+    whole = vary(0, slice(0, 7), [7])
+    assert torch.equal(whole, vary(0, slice(0, 7), [7]))
+    assert torch.equal(torch.cat([vary(0, slice(0, 3), [3, 4]), vary(1, slice(3, 7), [3, 4])]), whole)
+    assert not torch.equal(vary(0, slice(0, 7), [7], number=4), whole)
