@@ -1,7 +1,7 @@
 # Each target does all of its own set-up on an empty machine.
 SHELL := /bin/bash
 PYTHON = $(shell if [ -n "$$VIRTUAL_ENV" ]; then echo "$$VIRTUAL_ENV/bin/python"; else echo .venv/bin/python; fi)
-CHECKED = extraction grey_box black_box eval_only.py train_victim.py
+CHECKED = extraction grey_box black_box eval_only.py train_victim.py audit.py
 
 .PHONY: help setup demo quick test lint golden tables picture
 

@@ -132,6 +132,17 @@ def open_attack(config: Any, run: Run, *, exact: bool = False) -> Attack:
     differences of them. Raises UserError, before the first query, for missing weights and for a victim whose answers to the
     held-out videos show that it is set up wrongly (`check_victim`, `check_answers`).
     """
+    return _open(config, run, exact)[0]
+
+
+def open_audit(config: Any, run: Run) -> tuple[Attack, VictimModel, bytes]:
+    """As `open_attack`, for the victim's owner: the bare model too, and the secret key that keyed defences take."""
+    attack, load = _open(config, run, False)
+    model = load()
+    return attack, model, derive_key(find_weights(config.victim, config.victim_weights) or model.state_dict())
+
+
+def _open(config: Any, run: Run, exact: bool) -> tuple[Attack, Callable[[], VictimModel]]:
     assert isinstance(config, Options)
     assert isinstance(config, ScoredVictimOptions)
     compute = choose_compute(config.device, config.precision, config.compile)
@@ -170,7 +181,7 @@ def open_attack(config: Any, run: Run, *, exact: bool = False) -> Attack:
     if isinstance(config, VictimOptions) and config.defence is not None:
         _defend(victim, evaluator, config, load)
     torch.manual_seed(config.seed)  # building a victim draws random numbers
-    return Attack(compute, victim, evaluator)
+    return Attack(compute, victim, evaluator), load
 
 
 def _defend(ledger: Ledger, evaluator: Evaluator, config: VictimOptions, load: Callable[[], VictimModel]) -> None:

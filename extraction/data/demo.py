@@ -281,10 +281,13 @@ def _draw_sprite(frames: np.ndarray, picture: np.ndarray, mask: np.ndarray, pose
         patch[...] = (paint + ((256 << 16) - cover)[..., None] * patch) >> 24
 
 
-def create_clip(motions: list[Motion], shapes: dict, seed: int | str, num_frames: int = 16, size: int = 64) -> np.ndarray:
+def create_clip(
+    motions: list[Motion], shapes: dict, seed: int | str, num_frames: int = 16, size: int = 64, scenes: int = 1
+) -> np.ndarray:
     """Draw one clip: `motions` in sprites on a shaken, noisy background.
 
-    Returns uint8 (num_frames, size, size, 3). The same arguments give the same bytes on every machine.
+    With several `scenes`, of equal length, sprites and background stay, and each scene draws the motions anew. Returns uint8
+    (num_frames, size, size, 3). The same arguments give the same bytes on every machine.
     """
     digest = hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
     rng = random.Random(int.from_bytes(digest[:8], "little"))
@@ -303,10 +306,11 @@ def create_clip(motions: list[Motion], shapes: dict, seed: int | str, num_frames
     for motion in motions:
         radius = rng.uniform(0.13, 0.2) if len(motions) == 1 else rng.uniform(0.1, 0.15)
         picture, mask = _sprite(rng, shapes)
-        pose = motion(rng)
+        moves, length = [motion(rng) for _ in range(scenes)], num_frames // scenes
         poses = []
         for t, (x, y) in enumerate(camera):
-            px, py, angle, scale = pose(t / max(1, num_frames - 1))
+            scene = min(t // length, scenes - 1)
+            px, py, angle, scale = moves[scene]((t - scene * length) / max(1, length - 1))
             poses.append((px - x / size, py - y / size, angle, scale))
         _draw_sprite(frames, picture, mask, poses, radius)
     strength = rng.randint(0, 12)
@@ -352,18 +356,41 @@ def write_video(path: Path, frames: np.ndarray, fps: int = FPS, crf: int = 16) -
     partial_path.replace(path)
 
 
+def _any_action(rng: random.Random) -> Callable[[float], Pose]:
+    return rng.choice(list(ACTIONS.values()))(rng)
+
+
 def _write_one(job: tuple[Path, str, str, int], num_classes: int, seed: int, num_frames: int, size: int) -> None:
     path, split, name, index = job
-    sets = {"unrelated_a": (UNRELATED_A, UNRELATED_SHAPES), "unrelated_b": (UNRELATED_B, UNRELATED_SHAPES)}
+    sets = {"unrelated_a": (UNRELATED_A, UNRELATED_SHAPES), "unrelated_b": (UNRELATED_B, UNRELATED_SHAPES), "cameras": CAMERAS}
     if split in sets:
         motions, shapes = [sets[split][0][name]], sets[split][1]
     else:
         motions, shapes = list_classes(num_classes)[name], SHAPES
-    write_video(path, create_clip(motions, shapes, f"{VERSION}/{seed}/{split}/{name}/{index}", num_frames, size))
+    scenes = max(1, num_frames // SCENE) if split in TRAFFIC_SPLITS else 1
+    write_video(path, create_clip(motions, shapes, f"{VERSION}/{seed}/{split}/{name}/{index}", num_frames, size, scenes))
 
 
 # Videos per class of each split that an attack needs. `train` is the victim's own training set, which no attacker sees.
 ATTACK_SPLITS = {"train_5per": 20, "val": 20, "unrelated_a": 150, "unrelated_b": 150}
+# What honest users send: videos per class of `traffic`, longer than a clip, and cameras that stay where they are, with their
+# frames. Every `SCENE` frames the action begins anew; before a camera it is another one.
+TRAFFIC_SPLITS = {"traffic": (20, 64), "cameras": (12, 800)}
+SCENE = 16
+CAMERAS: tuple[dict[str, Motion], dict] = ({"camera": _any_action}, SHAPES)
+
+
+def write_traffic(
+    root: str | Path, splits: dict[str, tuple[int, int]] | None = None, processes: int | None = None
+) -> list[Path]:
+    """Write the videos of honest users below `root`, unless they are there. Returns their folders.
+
+    `splits` maps a split of `TRAFFIC_SPLITS` to its number of videos per class and their number of frames.
+    """
+    splits = splits or TRAFFIC_SPLITS
+    for split, (count, num_frames) in splits.items():
+        write_demo_set(root, {split: count}, num_frames=num_frames, processes=processes)
+    return [Path(root) / split for split in splits]
 
 
 def write_demo_set(
@@ -404,7 +431,8 @@ def _write_splits(
         if stamp.exists() and stamp.read_text() == wanted:
             continue
         shutil.rmtree(folder, ignore_errors=True)
-        names = {"unrelated_a": UNRELATED_A, "unrelated_b": UNRELATED_B}.get(split) or list_classes(num_classes)
+        others = {"unrelated_a": UNRELATED_A, "unrelated_b": UNRELATED_B, "cameras": CAMERAS[0]}
+        names = others.get(split) or list_classes(num_classes)
         jobs = [(folder / name / f"{i:05d}.mp4", split, name, i) for name in names for i in range(count)]
         for name in names:
             (folder / name).mkdir(parents=True)

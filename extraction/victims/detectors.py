@@ -328,10 +328,14 @@ class FalseAlarms(NamedTuple):
     upper: float
 
 
-def count_false_alarms(create: Callable[[], Detector], honest: Sequence[Stream]) -> FalseAlarms:
-    """Count the alarms of a new detector for each honest account, with a one-sided 95 % bound (Clopper and Pearson)."""
+def bound_share(alarmed: int, accounts: int) -> float:
+    """The share of all accounts that 95 of 100 such counts lie below, one-sided (Clopper and Pearson)."""
     from scipy.stats import beta
 
+    return 1.0 if alarmed == accounts else float(beta.ppf(0.95, alarmed + 1, accounts - alarmed))
+
+
+def count_false_alarms(create: Callable[[], Detector], honest: Sequence[Stream]) -> FalseAlarms:
+    """Count the alarms of a new detector for each honest account, with the upper 95 % bound of their share."""
     alarmed = sum(first_alarm(create(), account) is not None for account in honest)
-    upper = 1.0 if alarmed == len(honest) else float(beta.ppf(0.95, alarmed + 1, len(honest) - alarmed))
-    return FalseAlarms(alarmed, len(honest), upper)
+    return FalseAlarms(alarmed, len(honest), bound_share(alarmed, len(honest)))

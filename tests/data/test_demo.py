@@ -4,7 +4,8 @@ import hashlib
 
 import numpy as np
 
-from extraction.data.demo import ACTIONS, SHAPES, create_clip, list_classes, write_video
+from extraction.data.decoding import probe
+from extraction.data.demo import ACTIONS, SHAPES, create_clip, list_classes, write_traffic, write_video
 
 
 def test_demo_pixels_are_the_same_everywhere():
@@ -33,6 +34,18 @@ def test_demo_scales_to_many_classes_and_large_frames():
     clip = create_clip(list(list_classes(400).values())[399], SHAPES, 0, 4, 224)
     assert clip.shape == (4, 224, 224, 3)
     assert (clip[0] != clip[3]).any()
+
+
+def test_a_long_video_begins_its_action_anew_in_every_scene_over_one_background(tmp_path):
+    motions, seed = [ACTIONS["moving right"]], "1/0/traffic/moving right/0"
+    long = create_clip(motions, SHAPES, seed, 64, 32, scenes=4)
+    assert long.shape == (64, 32, 32, 3)
+    assert (long == create_clip(motions, SHAPES, seed, 64, 32, scenes=4)).all()
+    grey = long.astype(int).mean((1, 2, 3))
+    assert np.abs(np.diff(grey)).max() < 40  # the same background and sprite: no cut to another video
+    (folder,) = write_traffic(tmp_path, {"cameras": (1, 48)}, processes=1)
+    (path,) = folder.rglob("*.mp4")
+    assert probe(path).num_frames == 48
 
 
 def test_no_frame_of_the_demo_tells_left_from_right():

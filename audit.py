@@ -1,0 +1,341 @@
+"""The owner's audit of a video classifier: what stops a thief, and what that costs honest users.
+
+    python audit.py --demo --quick
+    python audit.py --victim onnx:model.onnx --in-domain mine/train --aux ucf101 --val mine/val --traffic mine/uploads
+
+Trains clones of the victim on what it would answer: each answer type at several budgets, each defence at equal honest cost
+under attackers who know it, detectors on honest accounts and on thefts, a watermark beside innocent students. The plan, its
+minutes and its price are printed first. The victim's answers are recorded once and replayed; a cell that is done is not run
+again, so that the same command goes on after any interruption. Writes report.html, report.md, report.json, CSVs and PNGs.
+
+The thief's recipe is that of grey_box/swin_to_r21_kd.py. docs/audit.md says how to read the report.
+"""
+
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+import torch
+
+from extraction import options
+from extraction.audit import page, report, traffic
+from extraction.audit.alarms import fit_detectors, list_thefts, report_false_alarms, report_thefts
+from extraction.audit.cells import Bench, Fit, fit_to_honest
+from extraction.audit.plan import SCALES, Cell, Plan, Prices, Scale, estimate_seconds, plan_cells
+from extraction.audit.recording import Recording, Views, record
+from extraction.audit.students import Recipe
+from extraction.compute import Compute
+from extraction.data.augment import Augmentation
+from extraction.data.clips import Clips
+from extraction.data.demo import write_traffic
+from extraction.data.folders import find_aux_videos, find_videos, require_folder
+from extraction.data.queries import QuerySet
+from extraction.errors import UserError, printable
+from extraction.evaluation.suite import write_unseen_set
+from extraction.experiment import experiment, open_audit, run_script
+from extraction.runs import Run, current_commit
+from extraction.students import create_student
+from extraction.victims.detectors import Stream
+from extraction.victims.ownership import verify
+from extraction.victims.query_interface import Victim, VictimModel
+from extraction.victims.wire import name_wire
+from extraction.weights import write_atomically
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(
+    options.Options, options.InDomainOptions, options.VideoOptions, options.QueryOptions, options.ScoredVictimOptions
+):  # fmt: skip
+    victim: str = "swin_b_k400"
+    student: str = "r2plus1d_34"
+    student_weights: str | None = "weights/r2plus1d_34_clip32_ig65m_from_scratch-449a7af9.pth"
+    in_domain: str = "datasets/kinetics400_5per"
+    aux: tuple[str, ...] = ("ucf101", "hmdb51")
+    val: str = "datasets/kinetics400_val"
+    traffic: tuple[str, ...] = ()
+    """Folders of your honest users' videos, longer than a clip: of these their accounts are made."""
+    quick: bool = False
+    """A first look: fewer answer types, defences, budgets and accounts, half the queries."""
+    thorough: bool = False
+    """More budgets, seeds, accounts and innocent students, and students trained three times as long."""
+    price_per_1000: options.Rate = 16.7
+    """Price of 1 000 queries, for the report; 16.7: 10 s of video each at 0.10 a minute (whole minutes: 100)."""
+    answers: tuple[str, ...] = ()
+    """Answer types to test: logits, probs, top5, "2 decimals", "1 decimal", label; by default the scale's."""
+    defences: tuple[str, ...] = ()
+    """Defences to test (docs/defences.md); by default the scale's."""
+    accounts: Annotated[int, options.Range(2)] | None = None
+    """Honest accounts of each profile; by default the scale's."""
+    query_budget: options.Natural | None = None
+    """The thief's largest budget; by default the scale's share of all views."""
+    wire: str | None = None
+    """How clips reach the victim: float, uint8, or h264 or h264:CRF, encoded and decoded again; None: as floats."""
+    views_per_clip: options.Count | None = 4
+    num_frames: int = 32
+    clip_interval: int = 32
+    size: int = 224
+    epochs: int = 10
+    head_lr: float = 3e-5
+    body_lr: float = 3e-6
+    label_weight: options.Rate = 10.0
+    """Weight of the true-label loss next to the victim's, per clip."""
+
+
+DEMO = options.IN_DOMAIN_DEMO | dict(
+    victim="demo_swin", student="r2plus1d_tiny", epochs=9, head_lr=1.5e-3, body_lr=1.5e-3, label_weight=1.0,
+    val="datasets/demo_unseen/val", traffic=("datasets/demo/traffic", "datasets/demo/cameras"),
+)  # fmt: skip
+
+
+def choose_scale(config: Config) -> tuple[str, Scale]:
+    """The name and the constants of the scale that the flags ask for. Raises UserError for two at once."""
+    if config.quick and config.thorough:
+        raise UserError("--quick and --thorough: choose one")
+    name = "quick" if config.quick else "thorough" if config.thorough else "default"
+    scale = SCALES[name]
+    return name, scale if config.accounts is None else scale._replace(num_accounts=config.accounts)
+
+
+def measure_prices(compute: Compute, model: VictimModel, config: Config, num_classes: int) -> Prices:
+    """Seconds of a student's step, its prediction and a victim's answer, a clip each: the second of two, of a few clips."""
+    count = min(config.batch_size, 8)
+    clips = torch.rand(count, 3, config.num_frames, config.size, config.size, device=compute.device)
+    student = compute.prepare(create_student(config.student, num_classes))
+
+    def step() -> None:
+        student.train()(clips).log_softmax(1).mean().backward()
+
+    @torch.no_grad()
+    def predict() -> None:
+        student.eval()(clips).sum().item()
+
+    found = []
+    for work in (step, predict, lambda: model.model(clips).sum().item()):
+        work()
+        begin = time.perf_counter()
+        work()
+        found.append((time.perf_counter() - begin) / count)
+    return Prices(*found)
+
+
+def print_plan(
+    plan: Plan, scale: str, num_asked: int, num_honest: int, num_accounts: int, seconds: float, price: float
+) -> None:
+    groups = {group: sum(cell.group == group for cell in plan.cells) for group in dict.fromkeys(c.group for c in plan.cells)}
+    print(f"plan ({scale}): {len(plan.cells)} cells, {plan.num_students} students of {plan.recipe_clips} clips each")
+    print("  " + ", ".join(f"{group} {count}" for group, count in groups.items()))
+    print(f"  budgets {', '.join(map(str, plan.budgets))}; {num_asked} queries are answered, once, for all cells")
+    print(f"  {num_honest} clips of {num_accounts} honest accounts, and the held-out videos: the owner's own, no queries")
+    print(f"  a thief pays {plan.budgets[-1] * price / 1000:.2f} for the largest budget, at {price:g} per 1 000 queries")
+    print(f"  about {max(1, round(seconds / 60))} minutes on this machine", flush=True)
+
+
+def say_ownership(bench: Bench, cells: list[dict]) -> list[dict]:
+    """A row for each suspect, and one for every innocent student beside the others."""
+    _, labels = bench.triggers()
+    innocent = [torch.tensor(cell["on_triggers"]) for cell in cells if cell["group"] == "innocent"]
+    agreements = [cell["scores"]["agreement_at_1"] for cell in cells if cell["group"] == "innocent"]
+    suspects = {"naive": "clone", "top-1": "clone of labels", "agreeing views": "cleaned clone"}
+    found = [
+        (suspects[cell["attacker"]], torch.tensor(cell["on_triggers"]), innocent, cell["scores"]["agreement_at_1"])
+        for cell in cells
+        if cell["group"] == "ownership"
+    ]
+    for number, own in enumerate(innocent):
+        others = [other for other in innocent if other is not own]
+        found.append((f"innocent student {number}", own, others, agreements[number]))
+    rows = []
+    for suspect, predictions, nulls, agreement in found:
+        if len(labels) and nulls:
+            claim = verify(predictions, nulls, labels)
+            rows.append(dict(row=suspect, suspect=suspect, triggers=len(labels), agreement=agreement, **claim._asdict()))
+    return rows
+
+
+@experiment
+def main(config: Config, run: Run) -> dict:
+    scale_name, scale = choose_scale(config)
+    wire = name_wire(config.wire)
+    if config.demo:
+        write_traffic("datasets/demo")
+        write_unseen_set()
+    folders = [require_folder(folder, "videos of your honest users") for folder in traffic.list_folders(config.traffic)]
+    attack, model, key = open_audit(config, run)
+    compute, evaluator = attack.compute, attack.evaluator
+    if not evaluator.victim_scores.get("top1"):
+        print("no labels in --val: honest top-1 is left out, agreement with the victim is not")
+
+    # What a thief may send, what honest users send, what is held out.
+    videos = find_videos(config.in_domain, model.classes, "train", config.in_domain_list)
+    clips = Clips(videos + find_aux_videos(config.aux, config.demo), **config.cut, **config.shape)
+    evaluator.refuse_overlap(clips)
+    queries = QuerySet(
+        clips, Augmentation(config.hflip, config.brightness, config.rotation), config.views_per_clip, config.seed
+    )
+    plan = plan_cells(
+        scale, len(clips), config.views_per_clip or 1, config.query_budget, config.batch_size, config.epochs, config.answers,
+        config.defences,
+    )  # fmt: skip
+    span = ((config.num_frames - 1) * config.stride + 1) // 4
+    windows = Clips(
+        [video for folder in folders for video in find_videos(folder, None)], clip_interval=max(1, span), **config.shape
+    )
+    accounts = traffic.draw_accounts(traffic.group_windows(windows), scale.num_accounts, scale.account_queries, config.seed)
+    honest = traffic.list_distinct(accounts)
+    views = Views(queries, config.batch_size, config.num_workers, compute.device)
+    shuffle = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(views), generator=shuffle)[: plan.budgets[-1]].tolist()
+    one_order = torch.randperm(len(clips), generator=shuffle)[: plan.one_view_budget].tolist()
+    asked = list(dict.fromkeys(order + one_order))
+    held_out = [(place, "") for place in range(len(evaluator.clips))]
+
+    prices = measure_prices(compute, model, config, len(model.classes))
+    seconds = estimate_seconds(plan, prices, len(asked), len(honest) + len(held_out), len(held_out))
+    print_plan(plan, scale_name, len(asked), len(honest), len(accounts), seconds, config.price_per_1000)
+    run.begin()
+
+    # The owner records; the meter stands at exactly what was planned.
+    def ask(name: str, keys: list[bytes], load: traffic.Loader, desc: str) -> tuple[Recording, int]:
+        victim = Victim(model, "logits", len(keys), wire=wire)
+        return record(run.folder / "recorded", name, keys, load, victim, desc), victim.num_queries
+
+    thefts, num_queries = ask("thief", [views.key(view) for view in asked], views.loader(asked), "recording the thief's views")
+    open_loader = partial(
+        traffic.open_loader, batch_size=config.batch_size, num_workers=config.num_workers, device=compute.device
+    )
+    footage, _ = ask("honest", traffic.name_clips(windows, honest), open_loader(windows, honest), "recording honest users")
+    val, _ = ask(
+        "val", traffic.name_clips(evaluator.clips, held_out), open_loader(evaluator.clips, held_out), "recording --val"
+    )
+    streams = traffic.make_streams(accounts, honest, footage)
+    place = {clip: k for k, clip in enumerate(honest)}
+
+    def clips_of(late: bool) -> list[int]:
+        chosen = {place[q.window, q.change] for account in accounts if account.held_out == late for q in account.queries}
+        return sorted(k for k in chosen if footage.decoded[k])
+
+    to_fit, others = footage.take(clips_of(False)), footage.take(clips_of(True))
+    labels = torch.tensor([ref.label for ref in evaluator.clips.refs])
+    fits: dict[tuple[str, float], Fit] = {}
+    for cell in plan.cells:
+        if cell.group == "defences" and cell.defence and cell.strength and (cell.defence, cell.strength) not in fits:
+            fit = fit_to_honest(cell.defence, cell.strength, to_fit, others, val, labels, key)
+            fits[cell.defence, cell.strength] = fit
+            cost = f"not possible: {fit.reason}" if fit.reason else f"honest L1 {fit.cost['l1']:.3f} measured"
+            print(f"{cell.defence} at {cell.strength:g}: {cost}", flush=True)
+
+    # The cells.
+    folder = run.folder / "cells"
+    folder.mkdir(exist_ok=True)
+    bench = Bench(
+        folder=folder, views=views, asked=asked, recording=thefts, order=order, one_order=one_order, fits=fits,
+        create=lambda: compute.prepare(create_student(config.student, len(model.classes), config.student_weights)),
+        recipe=Recipe(plan.recipe_clips, config.head_lr, config.body_lr, config.label_weight), evaluator=evaluator, key=key,
+    )  # fmt: skip
+    done: dict[str, dict] = {}
+    with run.interruptible():
+        for number, cell in enumerate(plan.cells, 1):
+            done[cell.name] = bench.run(cell, done, f"cell {number} of {len(plan.cells)}")
+            say_cell(number, len(plan.cells), cell, done[cell.name])
+            if run.stop_asked:
+                raise KeyboardInterrupt(f"{number} cells are in {run.folder}; run the same command again to continue")
+    cells = list(done.values())
+
+    # Detectors.
+    fitted = fit_detectors(accounts, streams)
+    unlike = [k for k in clips_of(True) if k not in set(clips_of(False))]
+    similar = Stream(footage.thumbnails[unlike], footage.probs[unlike])
+    asked_place = {view: k for k, view in enumerate(asked)}
+    rows = {"all": next(c.row for c in plan.cells if c.group == "answers" and c.answers == plan_answers(plan)), "one": ""}
+    rows["one"] = next(cell.row for cell in plan.cells if cell.group == "views")
+    watched = list_thefts(
+        thefts.thumbnails, thefts.probs, [asked_place[view] for view in order], [asked_place[view] for view in one_order],
+        similar, rows,
+    )  # fmt: skip
+    tables = dict(
+        answers=report.tabulate_answers(cells, config.price_per_1000),
+        defences=report.tabulate_defences(cells, fits),
+        detectors=report_thefts(fitted, watched, report.make_agreement(cells), plan.budgets[-1]),
+        false_alarms=report_false_alarms(fitted, accounts, streams),
+        ownership=say_ownership(bench, cells),
+    )
+    confidence = footage.probs[footage.decoded].amax(1)
+    about = dict(
+        victim=config.victim, fingerprint=model.fingerprint, num_classes=len(model.classes), student=config.student, wire=wire,
+        num_val_videos=evaluator.clips.num_videos, victim_top1=evaluator.victim_scores.get("top1"),
+        confidence_median=confidence.median().item(), confidence_5=confidence.quantile(0.05).item(),
+        traffic=[str(folder) for folder in folders], seeds=sorted({cell.seed for cell in plan.cells}), commit=current_commit(),
+        price_per_1000=config.price_per_1000, scale=scale_name, command=shlex.join(["python", *sys.argv]), config=run.config,
+    )  # fmt: skip
+    planned = dict(
+        cells=len(plan.cells), students=plan.num_students, clips_per_student=plan.recipe_clips, queries=len(asked),
+        queries_answered=int(thefts.decoded.sum()),
+        budgets=plan.budgets, honest_clips=len(honest), honest_accounts=len(accounts),
+    )  # fmt: skip
+    result: dict = dict(about=about, plan=planned, innocent=dict(agreement=report.find_baseline(cells)), tables=tables)
+    result["not_tested"] = [
+        *(f"{d.name}: {d.reason}" for d in fitted if d.constants is None), *list_untested(scale, plan),
+        *([] if tables["ownership"] else [f"ownership: none of {len(order)} answers was chosen to carry a watermark"]),
+        *report.NOT_TESTED,
+    ]  # fmt: skip
+    result["verdict"] = report.write_verdict(result, config.price_per_1000)
+    result["cells"] = [{name: value for name, value in cell.items() if name != "seconds"} for cell in cells]
+    result["times"] = dict(
+        seconds=round(run.seconds, 1), planned=round(seconds, 1), cells={cell["name"]: cell["seconds"] for cell in cells},
+        defence_ms={f"{name} {strength:g}": fit.cost.get("ms") for (name, strength), fit in fits.items()},
+        queries_asked_now=num_queries,
+    )  # fmt: skip
+    write_report(run.folder, result, cells)
+    return result
+
+
+def plan_answers(plan: Plan) -> str:
+    """The answer type behind which defences and detectors stand."""
+    return next(cell.answers for cell in plan.cells if cell.group == "views")
+
+
+def list_untested(scale: Scale, plan: Plan) -> list[str]:
+    """What a thorough audit has and this one has not."""
+    most = SCALES["thorough"]
+    answers = [kind for kind in most.answers if kind not in {cell.answers for cell in plan.cells}]
+    defences = [name for name in most.defences if name not in {cell.defence for cell in plan.cells}]
+    strengths = [f"{s:g}" for s in most.strengths if s not in scale.strengths]
+    found = {"answer types": answers, "defences": defences, "honest L1 of defences": strengths}
+    return [f"{what}: {', '.join(names)}" for what, names in found.items() if names]
+
+
+def say_cell(number: int, total: int, cell: Cell, result: dict) -> None:
+    told = result.get("reason") or f"agreement@1 {100 * result['scores']['agreement_at_1']:.1f} %"
+    same = f" (as {result['same_as']})" if result.get("same_as") else ""
+    print(
+        printable(f"[{number}/{total}] {cell.group}: {cell.row}, {cell.budget} queries, seed {cell.seed}: {told}{same}"),
+        flush=True,
+    )
+
+
+def _write_text(text: str, file: BinaryIO) -> None:
+    file.write(text.encode())
+
+
+def write_report(folder: Path, result: dict, cells: list[dict]) -> None:
+    """Write all files of the report, report.json last."""
+    pictures = report.draw_figures(folder, result, cells)
+    report.write_tables(folder, result["tables"] | {"cells": result["cells"]})
+    files = {
+        "report.md": page.to_markdown(result, pictures),
+        "report.html": page.to_html(result, pictures, folder),
+        "report.json": json.dumps(result, indent=1) + "\n",
+    }
+    for name, text in files.items():
+        write_atomically(folder / name, partial(_write_text, text))
+    print("\n" + "\n".join(f"- {sentence['text']}" for sentence in result["verdict"]))
+    print(f"\nthe report is {printable(folder / 'report.html')}")
+
+
+if __name__ == "__main__":
+    run_script(main, Config, DEMO)

@@ -1,0 +1,190 @@
+"""The plan of an audit: which students are trained, on which answers, how many queries that takes, and how long it will be."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+from extraction.errors import UserError
+from extraction.victims.defences import DEFENCES, check_defence
+
+# Answer types: what a service may show, the least of it last. `logits` say what `probs` do: softmax, which training takes.
+ANSWERS: dict[str, tuple[str, int | None]] = {
+    "logits": ("logits", None),
+    "probs": ("probs", None),
+    "top5": ("top5", None),
+    "2 decimals": ("probs", 2),
+    "1 decimal": ("probs", 1),
+    "label": ("label", None),
+}
+DAWN_RATE = 0.01  # share of the answers that carry the watermark
+
+
+class Scale(NamedTuple):
+    """How much an audit looks at. Fixed before any run, and printed."""
+
+    answers: tuple[str, ...]
+    defences: tuple[str, ...]
+    strengths: tuple[float, ...]  # mean L1 to honest answers
+    num_budgets: int  # each a quarter of the next
+    share: float  # the largest budget, of all views
+    passes: float  # what a student sees, of --epochs passes over all clips
+    num_seeds: int  # of the answer types; defences have one
+    num_nulls: int  # innocent students
+    num_accounts: int  # of each honest profile
+    account_queries: tuple[int, int]  # the least and the most of an honest account
+
+
+SCALES = {
+    "quick": Scale(
+        ("logits", "probs", "1 decimal", "label"), ("noise", "reverse_sigmoid", "modelguard_w", "misinformation"),
+        (0.3,), 3, 0.5, 0.33, 1, 3, 8, (50, 250),
+    ),
+    "default": Scale(
+        tuple(ANSWERS), ("noise", "reverse_sigmoid", "mad", "mad_argmax", "modelguard_w", "modelguard_s", "misinformation"),
+        (0.1, 0.3, 0.6), 4, 1.0, 0.33, 2, 5, 12, (50, 500),
+    ),
+    "thorough": Scale(
+        tuple(ANSWERS), ("noise", "reverse_sigmoid", "mad", "mad_argmax", "modelguard_w", "modelguard_s", "misinformation"),
+        (0.1, 0.3, 0.6), 5, 1.0, 1.0, 3, 20, 40, (50, 2000),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A student to be trained and scored: the answers it learns from, and what the attacker makes of them."""
+
+    group: str  # the table that it belongs to: answers, defences, views, ownership, innocent
+    answers: str = "probs"  # of `ANSWERS`
+    defence: str | None = None
+    strength: float | None = None  # mean L1 that the defence costs honest users
+    attacker: str = "naive"
+    views: str = "all"  # all: in random order; one: a single view of each clip
+    budget: int = 0
+    seed: int = 0
+    same_as: str | None = None  # the name of a cell with the same answers and seed, whose student this is
+
+    @property
+    def row(self) -> str:
+        """The name of its row: the same for every budget and seed."""
+        defence = [] if self.defence is None else [self.defence + ("" if self.strength is None else f" {self.strength:g}")]
+        views = ["one view a clip"] if self.views == "one" else []
+        watermark = ["watermarked"] if self.group == "ownership" else []
+        return "labels alone" if self.group == "innocent" else ", ".join(
+            [self.answers, *watermark, *defence, *views, *([] if self.attacker == "naive" else [self.attacker])]
+        )  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        return re.sub(r"[^\w.]+", "_", f"{self.group} {self.row} {self.budget} seed {self.seed}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | dict(row=self.row, name=self.name)
+
+
+class Plan(NamedTuple):
+    """What an audit will do."""
+
+    cells: list[Cell]
+    budgets: list[int]  # ascending
+    one_view_budget: int
+    recipe_clips: int  # that each student sees
+
+    @property
+    def num_students(self) -> int:
+        """Students to be trained: cells with the same answers share one."""
+        return sum(cell.same_as is None for cell in self.cells)
+
+
+def plan_budgets(scale: Scale, num_views: int, most: int | None, batch_size: int) -> list[int]:
+    """The budgets, each a quarter of the next. Raises UserError when the smallest is less than a batch."""
+    largest = int(scale.share * num_views) if most is None else min(most, num_views)
+    budgets = [largest // 4**k for k in reversed(range(scale.num_budgets))]
+    if budgets[0] < batch_size:
+        raise UserError(
+            f"a budget of {largest} queries is too small: the smallest of {scale.num_budgets} would be {budgets[0]}, less "
+            f"than a batch of {batch_size}; raise --query-budget (to {batch_size * 4 ** (scale.num_budgets - 1)}), or lower "
+            "--batch-size"
+        )
+    return budgets
+
+
+def plan_cells(
+    scale: Scale, num_clips: int, views_per_clip: int, most: int | None, batch_size: int, epochs: int, answers: Sequence[str],
+    defences: Sequence[str],
+) -> Plan:  # fmt: skip
+    """All cells of an audit: each answer type at each budget, each defence with each attacker, ownership, innocent students.
+
+    `answers` and `defences` narrow the scale's down, if any are named. Raises UserError for a name that is none, for a defence
+    that needs probabilities where only labels are answered, and for a budget that is too small.
+    """
+    types = tuple(answers) or scale.answers
+    if unknown := set(types) - set(ANSWERS):
+        raise UserError(f"--answers {min(unknown)}: there are {', '.join(ANSWERS)}")
+    chosen = tuple(defences) or scale.defences
+    shown = "label" if types == ("label",) else "probs"
+    for name in chosen:
+        if name in DEFENCES and (DEFENCES[name].most is None or name == "dawn"):
+            raise UserError(f"--defences {name}: not one with a strength; ownership and what follows an alarm have their own")
+        if defences or shown == "probs":
+            check_defence(name, scale.strengths[0], None, shown)
+    if shown == "label":
+        chosen = tuple(name for name in chosen if DEFENCES[name].lies)
+    # Labels bound all defences that keep the top class; probabilities come before logits, which share their students.
+    types = tuple(kind for kind in ("probs", *ANSWERS) if kind in (*types, "label"))
+    types = tuple(dict.fromkeys(types))
+    num_views = num_clips * views_per_clip
+    budgets = plan_budgets(scale, num_views, most, batch_size)
+    largest = budgets[-1]
+    cells = [
+        Cell(group="answers", answers=kind, budget=budget, seed=seed)
+        for kind in types
+        for budget in budgets
+        for seed in range(scale.num_seeds)
+    ]
+    if {"logits", "probs"} <= set(types):
+        cells = [
+            replace(cell, same_as=replace(cell, answers="probs").name) if cell.answers == "logits" else cell for cell in cells
+        ]
+    if shown == "probs" and "probs" not in types:  # what stands behind the defences
+        cells += [Cell(group="answers", budget=largest)]
+    label = Cell(group="answers", answers="label", budget=largest).name
+    for name in chosen:
+        for strength in scale.strengths:
+            base = Cell(group="defences", answers=shown, defence=name, strength=strength, budget=largest)
+            for attacker in list_attackers(name, shown, views_per_clip):
+                same = label if attacker == "top-1" and not DEFENCES[name].lies else None
+                cells.append(replace(base, attacker=attacker, same_as=same))
+    one_view = min(num_clips, largest)
+    cells.append(Cell(group="views", answers=shown, views="one", budget=one_view))
+    for attacker in ("naive", "top-1", *(["agreeing views"] if views_per_clip > 1 else [])):
+        cells.append(Cell(group="ownership", answers=shown, defence="dawn", attacker=attacker, budget=largest))
+    cells += [Cell(group="innocent", answers="label", seed=1000 + k) for k in range(scale.num_nulls)]
+    recipe_clips = max(batch_size, round(scale.passes * epochs * num_clips))
+    return Plan(cells, budgets, one_view, recipe_clips)
+
+
+def list_attackers(defence: str, answers: str, views_per_clip: int) -> list[str]:
+    """The attackers that a defence is judged by: all that have something to do about it."""
+    averaged = ["averaged views"] if views_per_clip > 1 else []
+    if answers == "label":
+        return ["naive", *averaged]
+    undoing = ["sure answers"] if defence == "misinformation" else ["recovery"]
+    return ["naive", "top-1", *undoing, *averaged]
+
+
+class Prices(NamedTuple):
+    """What things cost in seconds on this machine, from a short measurement."""
+
+    step: float  # a student's step, a clip
+    predict: float  # a student's prediction, a clip
+    answer: float  # a victim's answer, a clip
+
+
+def estimate_seconds(plan: Plan, prices: Prices, num_views: int, num_honest: int, num_val: int) -> float:
+    """How long an audit takes; recovery's tables, detectors and pictures are taken as a twentieth, and half a minute."""
+    students = plan.num_students * (plan.recipe_clips * prices.step + num_val * prices.predict)
+    answers = (num_views + num_honest) * prices.answer
+    return 30 + 1.05 * (students + answers)

@@ -1,0 +1,165 @@
+"""The audit, at a tiny scale: queries as planned, resumed after a kill to the same report, and one line for what is wrong."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import audit
+from extraction.audit import cells, recording
+from extraction.audit.plan import SCALES, Scale
+from extraction.data.demo import write_traffic
+from extraction.errors import UserError
+from extraction.victims.query_interface import Victim
+from tests.metered import put_meter, read_meter
+
+TINY = Scale(("logits", "probs", "label"), ("noise", "reverse_sigmoid"), (0.3,), 2, 0.5, 0.1, 1, 2, 2, (8, 16))
+
+
+@pytest.fixture(scope="module")
+def make_config(demo_set, tmp_path_factory):
+    root = tmp_path_factory.mktemp("traffic")
+    folders = write_traffic(root, {"traffic": (1, 48), "cameras": (2, 64)}, processes=1)
+
+    def make(out_dir: Path, **changed) -> audit.Config:
+        options = audit.DEMO | dict(
+            demo=False, quick=True, in_domain=str(demo_set / "train_5per"), aux=(str(demo_set / "unrelated_b"),),
+            val=str(demo_set / "val"), traffic=tuple(map(str, folders)), batch_size=8, epochs=1, num_workers=0, device="cpu",
+            views_per_clip=2, out_dir=str(out_dir), clip_cache=str(root / "clips"), cache_gb=1.0,
+        )  # fmt: skip
+        return audit.Config(**options | changed)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setitem(SCALES, "quick", TINY)
+    monkeypatch.setattr(cells, "DAWN_RATE", 0.2)
+    monkeypatch.setattr(recording, "CHUNK", 16)  # a chunk is what a kill can cost; how it is batched decides the last bits
+
+
+@pytest.fixture(scope="module")
+def finished(make_config, tmp_path_factory):
+    """A whole audit, its folder, and how many clips an independent meter at the victim counted."""
+    patch = pytest.MonkeyPatch()
+    patch.setitem(SCALES, "quick", TINY)
+    patch.setattr(cells, "DAWN_RATE", 0.2)
+    patch.setattr(recording, "CHUNK", 16)
+    folder = tmp_path_factory.mktemp("audit")
+    patch.setattr(Victim, "query", Victim.query)
+    put_meter(folder / "meter")
+    result = audit.main(make_config(folder / "run"))
+    patch.undo()
+    return result, folder / "run", read_meter(folder / "meter")
+
+
+def without_times(text: str, folder: Path) -> dict:
+    found = json.loads(text.replace(str(folder), "FOLDER"))
+    del found["times"]
+    return found
+
+
+def test_queries_are_as_planned(finished):
+    result, _, metered = finished
+    plan = result["plan"]
+    assert plan["queries"] == plan["queries_answered"]
+    assert metered == plan["queries"] + plan["honest_clips"] + result["about"]["num_val_videos"]
+    assert max(plan["budgets"]) <= plan["queries"]
+    assert plan["cells"] == len(result["cells"])
+    assert plan["students"] == sum(cell.get("same_as") is None for cell in result["cells"])
+
+
+def test_the_report_has_every_cell_and_its_verdict_names_rows_that_are_there(finished):
+    result, folder, _ = finished
+    markdown, html = (folder / "report.md").read_text(), (folder / "report.html").read_text()
+    for cell in result["cells"]:
+        assert (folder / "cells" / f"{cell['name']}.json").is_file()
+        assert f"| {cell['row']} | {cell['attacker']} | {cell['budget']} | {cell['seed']} |" in markdown
+    assert html.count("<tr>") >= len(result["cells"]) + sum(len(rows) for rows in result["tables"].values())
+    assert 1 <= len(result["verdict"]) <= 5
+    for sentence in result["verdict"]:
+        assert sentence["row"] in [row["row"] for row in result["tables"][sentence["table"]]]
+        assert sentence["text"] in markdown
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", html)
+    assert [row["row"] for row in result["tables"]["ownership"]][:3] == ["clone", "clone of labels", "cleaned clone"]
+    for name in result["tables"]:
+        assert len((folder / f"{name}.csv").read_text().splitlines()) == len(result["tables"][name]) + 1
+
+
+def test_a_killed_audit_goes_on_to_the_same_report(finished, make_config, tmp_path, monkeypatch):
+    result, folder, _ = finished
+    written: list[Path] = []
+    for module, most in ((recording, 3), (cells, 4)):
+        written.clear()
+
+        def die(path, write, *, limit=most, real=module.write_atomically):
+            if len(written) == limit:
+                raise KeyboardInterrupt
+            written.append(path)
+            real(path, write)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "write_atomically", die)
+            with pytest.raises(KeyboardInterrupt):
+                audit.main(make_config(tmp_path / "run"))
+    trained = []
+    real = cells.train_student
+    monkeypatch.setattr(cells, "train_student", lambda *args: trained.append(args) or real(*args))
+    audit.main(make_config(tmp_path / "run"))
+    already = [path for path in written if not json.loads(path.read_text())["same_as"]]
+    assert len(trained) == result["plan"]["students"] - len(already)
+    ours, theirs = (without_times((where / "report.json").read_text(), where) for where in (tmp_path / "run", folder))
+    assert ours == theirs
+    before = (tmp_path / "run" / "report.json").read_text()
+    trained.clear()
+    again = audit.main(make_config(tmp_path / "run", price_per_1000=33.0))  # no cell twice, also at another price
+    assert not trained
+    assert again["about"]["price_per_1000"] == 33.0
+    assert json.loads(before)["cells"] == again["cells"]
+
+
+def test_a_full_disk_is_a_line_and_nothing_is_lost(finished, make_config, tmp_path, monkeypatch):
+    def fail(path, write):
+        raise UserError(f"cannot write {path}: No space left on device; make room, then run the same again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "write_atomically", fail)
+        with pytest.raises(UserError, match="No space left"):
+            audit.main(make_config(tmp_path / "run"))
+    assert list((tmp_path / "run" / "recorded").glob("thief-*"))
+    assert not (tmp_path / "run" / "report.json").exists()
+    with pytest.raises(UserError, match="other constants"):
+        audit.main(make_config(tmp_path / "run", epochs=2))
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        (dict(traffic=()), "no honest traffic: name folders of your users' videos"),
+        (dict(traffic=("nowhere",)), "folder nowhere not found: videos of your honest users belongs there"),
+        (dict(thorough=True), "--quick and --thorough: choose one"),
+        (dict(accounts=1), "--accounts 1: it must be at least 2"),
+        (dict(wire="vp9"), "--wire vp9: there are float, uint8"),
+        (dict(query_budget=5), "a budget of 5 queries is too small"),
+        (dict(answers=("label",), defences=("reverse_sigmoid",)), "--defence reverse_sigmoid keeps the top class"),
+    ],
+)
+def test_bad_input_is_a_line_before_any_query(changed, line, make_config, tmp_path, error_line):
+    assert error_line(audit.main, make_config(tmp_path / "run", **changed)).startswith(line)
+    assert not (tmp_path / "run" / "recorded").exists()
+
+
+def test_without_labels_agreement_is_audited_alone(make_config, tmp_path, capsys):
+    result = audit.main(make_config(tmp_path / "run", val_unlabelled=True, defences=("noise",), answers=("probs",)))
+    assert "no labels in --val: honest top-1 is left out" in capsys.readouterr().out
+    assert result["tables"]["answers"][0]["top1"] is None
+    assert result["tables"]["defences"][0]["honest"]["top1"] is None
+    assert "| - |" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_the_config_of_the_demo_is_one(tmp_path):
+    config = dataclasses.replace(audit.Config(**audit.DEMO), quick=True)
+    assert audit.choose_scale(config)[0] == "quick"
