@@ -28,6 +28,7 @@ SMALL = "runs/golden/demo_set"  # below the project whose scripts run
 VIDEOS = ["--own", f"{SMALL}/train_5per", "--val", f"{SMALL}/val"]
 AUX = ["--aux", f"{SMALL}/unrelated_a", f"{SMALL}/unrelated_b"]
 VAL = ["--val", f"{SMALL}/val"]
+RECIPE = ["--schedule", "one_cycle", "--ema", "0.9", "--temperature", "4", "--student-crop", "0.2", "--student-erase", "0.2"]
 SHORT = ["--iterations", "3", "--batch-size", "8", "--score-every", "60", "--replay-clips", "40"]
 
 # Scripts that build on each other stand in one chain: (name of the run, script, flags).
@@ -45,6 +46,7 @@ CHAINS: list[list[tuple[str, str, list[str]]]] = [
         ("eval_only", "eval_only.py", ["r2plus1d_tiny", "{swin_to_r21_kd}", "--data", f"{SMALL}/val", "--views", "2x3"]),
     ],
     [("swin_to_r21_kd_budget", "grey_box/swin_to_r21_kd.py", [*VIDEOS, *AUX, "--epochs", "2", "--query-budget", "100"])],
+    [("swin_to_r21_kd_recipe", "grey_box/swin_to_r21_kd.py", [*VIDEOS, *AUX, "--epochs", "2", *RECIPE, "--mixup", "0.4"])],
     [("movinet_to_r21", "grey_box/movinet_to_r21.py", [*VIDEOS, *AUX, "--epochs", "2"])],
     *(
         [
