@@ -207,6 +207,7 @@ def test_the_recipe_resumes_to_the_same_bits_from_any_step(whole, demo_set, tmp_
     assert (results["history"], results["num_queries"]) == (whole[1]["history"], whole[1]["num_queries"])
 
 
+@pytest.mark.slow  # their formulas are above, and all of them together in one run
 @pytest.mark.parametrize("name", [*ALL, "matching", "temperature"])
 def test_each_option_alone_makes_another_student(name, demo_set, tmp_path):
     """But the average, which changes nothing of the student it is beside."""
@@ -216,11 +217,13 @@ def test_each_option_alone_makes_another_student(name, demo_set, tmp_path):
     assert same == (name == "ema")
 
 
+@pytest.mark.slow
 def test_the_baseline_without_a_victim_takes_the_recipe_too(demo_set, tmp_path):
     results = labels_only.main(configure(labels_only, demo_set, tmp_path, epochs=1, **ALL))
     assert (results["num_queries"], 0 <= results["top1_ema"] <= 1) == (0, True)
 
 
+@pytest.mark.slow
 def test_crafted_clips_are_made_of_what_was_sent(demo_set, tmp_path, monkeypatch):
     seen, shown = [], []
     create = swin_to_r21_prada.create_crafter

@@ -152,6 +152,7 @@ def test_bad_input_is_a_line_before_any_query(changed, line, make_config, tmp_pa
     assert not (tmp_path / "run" / "recorded").exists()
 
 
+@pytest.mark.slow
 def test_without_labels_agreement_is_audited_alone(make_config, tmp_path, capsys):
     result = audit.main(make_config(tmp_path / "run", val_unlabelled=True, defences=("noise",), answers=("probs",)))
     assert "no labels in --val: honest top-1 is left out" in capsys.readouterr().out
