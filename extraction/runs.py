@@ -36,7 +36,10 @@ class Run:
 
     def __init__(self, experiment: str, out_dir: str | Path, config: Any, checkpoint_seconds: float = 60.0):
         self.experiment, self.folder, self.checkpoint_seconds = experiment, Path(out_dir), checkpoint_seconds
-        self.config = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+        self.config = _to_plain(dataclasses.asdict(config))
+        # Of an option that is newer than the run in the folder: what it is when nobody sets it, which changes nothing.
+        known = [field for field in dataclasses.fields(config) if field.default is not dataclasses.MISSING]
+        self._defaults = _to_plain({field.name: field.default for field in known})
         self.stop_asked = False
         self._started, self._seconds_before = time.monotonic(), 0.0
         self._last_checkpoint = time.monotonic()
@@ -107,6 +110,7 @@ class Run:
             return
         kept = _read_json(path)
         free = _FREE | {"query_budget"}
+        kept = self._defaults | kept
         other = [k for k in self.config if k not in free and kept.get(k) != self.config[k]]
         if other:
             changes = ", ".join(f"{k} {kept.get(k)} -> {self.config[k]}" for k in other[:3])
@@ -250,6 +254,11 @@ def _read_json(path: Path, *names: str) -> dict:
     if not isinstance(value, dict) or not all(name in value for name in names) or not isinstance(value.get("config", {}), dict):
         raise UserError(f"{path}: not of a run of these scripts; remove it, or choose another --out-dir")
     return value
+
+
+def _to_plain(value: Any) -> Any:
+    """The value as a JSON file would give it back."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _to_json(value: Any) -> bytes:

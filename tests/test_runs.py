@@ -37,6 +37,20 @@ def test_a_folder_belongs_to_one_process_and_is_free_when_that_ends(tmp_path):
             pass
 
 
+def test_a_run_from_before_an_option_goes_on_where_the_option_is_not_used(tmp_path):
+    Run("experiment", tmp_path, Config(seed=3)).begin()
+
+    @dataclass(frozen=True)
+    class Newer(Config):
+        layers: tuple = ((0.1, None),)
+        ema: float | None = None
+
+    Run("experiment", tmp_path, Newer(seed=3))
+    for changed, line in ((Newer(seed=3, ema=0.9), r"\(ema None -> 0.9\)"), (Newer(seed=4), r"\(seed 3 -> 4\)")):
+        with pytest.raises(UserError, match=f"holds a run with other constants {line}"):
+            Run("experiment", tmp_path, changed)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "3", '{"config": 3}', '{"stopped": "epochs"}'])
 def test_damaged_results_get_one_line(content, tmp_path):
     (tmp_path / "results.json").write_text(content)
