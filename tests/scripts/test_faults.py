@@ -54,11 +54,11 @@ def test_random_kills_change_nothing(script, tmp_path, demo_set, request):
     chance = random.Random(0)
     done = 0
     while done < kills:
-        began = when_it_began(tmp_path / "killed")
+        saved = when_it_saved(tmp_path / "killed")
         process = start(script, tmp_path / "killed", flags)
         wait = chance.uniform(0.1, 3.0)
-        if chance.random() < 0.7:  # in the loop; else while it starts
-            while process.poll() is None and when_it_began(tmp_path / "killed") == began:
+        if chance.random() < 0.7:  # in the loop, after a checkpoint of this life; else while it starts
+            while process.poll() is None and when_it_saved(tmp_path / "killed") == saved:
                 time.sleep(0.02)
             wait = chance.uniform(0.0, looping / kills)
         try:
@@ -103,8 +103,8 @@ def read_student(folder: Path) -> tuple[dict[str, bytes], dict]:
     return weights, {name: value for name, value in read_metadata(path).items() if name != "num_queries"}
 
 
-def when_it_began(folder: Path) -> int:
-    path = folder / "config.json"
+def when_it_saved(folder: Path) -> int:
+    path = folder / "state.pt"
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
