@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON = $(shell if [ -n "$$VIRTUAL_ENV" ]; then echo "$$VIRTUAL_ENV/bin/python"; else echo .venv/bin/python; fi)
 CHECKED = extraction grey_box black_box eval_only.py train_victim.py audit.py
 
-.PHONY: help setup demo quick test lint golden tables picture
+.PHONY: help setup demo quick test lint golden tables picture audit
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -16,6 +16,9 @@ demo: setup  ## extract a small video model: minutes on two CPU cores
 	@$(PYTHON) grey_box/labels_only.py --demo
 	@$(PYTHON) grey_box/swin_to_r21_kd.py --demo
 	@$(PYTHON) -m extraction.evaluation.results runs/labels_only_demo runs/swin_to_r21_kd_demo
+
+audit: setup  ## what stops a thief of the demo's victim, and what that costs honest users: half an hour on two CPU cores
+	@$(PYTHON) audit.py --demo --quick
 
 test: setup lint  ## lint, format, types, tests
 	@$(PYTHON) -m pytest -q -n auto --maxprocesses 4 --dist loadfile

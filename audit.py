@@ -22,7 +22,7 @@ from typing import Annotated, BinaryIO
 
 import torch
 
-from extraction import options
+from extraction import distributed, options
 from extraction.audit import page, report, traffic
 from extraction.audit.alarms import fit_detectors, list_thefts, report_false_alarms, report_thefts
 from extraction.audit.cells import Bench, Fit, fit_to_honest
@@ -159,6 +159,7 @@ def say_ownership(bench: Bench, cells: list[dict]) -> list[dict]:
 
 @experiment
 def main(config: Config, run: Run) -> dict:
+    distributed.require_one_process("an audit")
     scale_name, scale = choose_scale(config)
     wire = name_wire(config.wire)
     if config.demo:
@@ -175,7 +176,7 @@ def main(config: Config, run: Run) -> dict:
     clips = Clips(videos + find_aux_videos(config.aux, config.demo), **config.cut, **config.shape)
     evaluator.refuse_overlap(clips)
     queries = QuerySet(
-        clips, Augmentation(config.hflip, config.brightness, config.rotation), config.views_per_clip, config.seed
+        clips, Augmentation(config.hflip, config.brightness, config.rotation), config.views_per_clip or 1, config.seed
     )
     plan = plan_cells(
         scale, len(clips), config.views_per_clip or 1, config.query_budget, config.batch_size, config.epochs, config.answers,

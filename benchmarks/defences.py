@@ -26,8 +26,9 @@ from extraction.data.clips import Clips, ClipShape, load_batches
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set
 from extraction.data.folders import find_videos
 from extraction.errors import UserError
+from extraction.evaluation.honest import fit_detector
 from extraction.evaluation.scoring import predict_videos
-from extraction.experiment import fit_detector, run_script
+from extraction.experiment import run_script
 from extraction.network import VideoModel
 from extraction.victims import swin
 from extraction.victims.defences import DEFENCES, Defence, Quantiser, derive_key, fit_defence, mark

@@ -95,17 +95,19 @@ def draw_trade_off(
     path: str | Path, points: Sequence[tuple[str, float, float]], lines: Mapping[str, float], xlabel: str, ylabel: str,
     log: bool = False,
 ) -> None:  # fmt: skip
-    """Draw points (series, x, y), those of a series joined in the order of x, above level lines; y and levels are 0 to 1."""
+    """Draw points (series, x, y) and level lines; y and levels are 0 to 1. A series is joined where x is not `log`."""
     figure, axes = _pyplot().subplots(figsize=(7, 4.5), layout="constrained")
     for place, name in enumerate(dict.fromkeys(series for series, _, _ in points)):
         own = sorted((x, 100 * y) for series, x, y in points if series == name)
         marker = "osD^vPX*"[place % 8]
-        axes.plot([x for x, _ in own], [y for _, y in own], marker=marker, linewidth=1, alpha=0.8, label=name)
+        joined = "" if log else "-"
+        axes.plot([x for x, _ in own], [y for _, y in own], joined, marker=marker, linewidth=1, alpha=0.8, label=name)
     for (name, level), style in zip(lines.items(), ("-", "--", ":", "-."), strict=False):
         axes.axhline(100 * level, color="grey", linestyle=style, linewidth=1, label=name)
     if log:
-        axes.set_xscale("log")
+        axes.set_xscale("log", subs=(2, 5))
         axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.xaxis.set_minor_formatter("{x:.0f}")
     axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, 102))
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=8)

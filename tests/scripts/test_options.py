@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("grey_box", "black_box")
 SCRIPTS = [f"{folder}.{path.stem}" for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 EXPERIMENTS = [name for name in SCRIPTS if name.partition(".")[2] not in ("run_all", "eval_teacher")]
-SCRIPTS += ["eval_only", "train_victim"]
+SCRIPTS += ["audit", "eval_only", "train_victim"]
 
 
 def open_script(name: str) -> types.ModuleType:
