@@ -1,6 +1,7 @@
 """What was found by looking into videos, kept: a start over files that have not changed opens none of them."""
 
 import contextlib
+import hashlib
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,8 @@ from extraction.data.decoding import Probe, Unreadable, probe
 
 # Of a file with the same size and times the content is taken to be the same, as the clip cache does.
 _SCHEMA = """CREATE TABLE IF NOT EXISTS probes (
-    path TEXT PRIMARY KEY, state TEXT, num_frames INTEGER, fingerprint TEXT, fps REAL) WITHOUT ROWID"""
+    path TEXT PRIMARY KEY, state TEXT, num_frames INTEGER, fingerprint TEXT, fps REAL, digest BLOB) WITHOUT ROWID"""
+_DAMAGED = sqlite3.Error, ValueError  # the latter: text that is none, a row of too few columns
 
 
 def probe_videos(paths: Sequence[Path], folder: Path | None = None, desc: str = "looking at videos") -> list[Probe | str]:
@@ -38,7 +40,7 @@ def probe_videos(paths: Sequence[Path], folder: Path | None = None, desc: str = 
     if folder is not None:
         # Only where the file was the same before and after it was looked at.
         rows = [
-            (places[number], states[number], *result)
+            (places[number], states[number], *result, _digest(places[number], states[number], *result))
             for number in missing
             if isinstance(result := found[number], Probe) and states[number] and states[number] == _describe_file(paths[number])
         ]
@@ -66,22 +68,17 @@ def _read(folder: Path, places: Sequence[str]) -> Iterator[tuple[str, list]]:
     file = folder / "probes.sqlite"
     if not file.is_file():
         return
-    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(file, timeout=60)) as database:
+    with contextlib.suppress(*_DAMAGED), contextlib.closing(sqlite3.connect(file, timeout=60)) as database:
         for i in range(0, len(places), 500):
             part = places[i : i + 500]
             marks = ",".join("?" * len(part))
-            rows = database.execute(
-                f"SELECT path, state, num_frames, fingerprint, fps FROM probes WHERE path IN ({marks})", part
-            )
-            yield from [(path, about) for path, *about in rows if _is_whole(about)]
+            rows = database.execute(f"SELECT * FROM probes WHERE path IN ({marks})", part)
+            yield from [(path, about) for path, *about, digest in rows if digest == _digest(path, *about)]
 
 
-def _is_whole(about: list) -> bool:
-    if len(about) != 4:
-        return False
-    state, num_frames, fingerprint, fps = about
-    texts = isinstance(state, str) and isinstance(fingerprint, str)
-    return texts and isinstance(num_frames, int) and num_frames > 0 and (fps is None or isinstance(fps, float))
+def _digest(*row: object) -> bytes:
+    """8 bytes that tell damage: SQLite does not look whether a row is what was written, and a wrong one would be believed."""
+    return hashlib.blake2b(repr(row).encode(), digest_size=8).digest()
 
 
 def _write(folder: Path, rows: Sequence[tuple]) -> None:
@@ -92,9 +89,10 @@ def _write(folder: Path, rows: Sequence[tuple]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(sqlite3.connect(file, timeout=60)) as database, database:
             database.execute(_SCHEMA)
-            database.executemany("INSERT OR REPLACE INTO probes VALUES (?, ?, ?, ?, ?)", rows)
+            database.executemany("INSERT OR REPLACE INTO probes VALUES (?, ?, ?, ?, ?, ?)", rows)
     except OSError:
         pass
-    except sqlite3.Error as error:
-        if type(error) is sqlite3.DatabaseError:  # damaged, not full: it would never be of use again
-            file.unlink(missing_ok=True)
+    except _DAMAGED as error:
+        if "locked" not in str(error):  # it would not be of use the next time either
+            with contextlib.suppress(OSError):
+                file.unlink()

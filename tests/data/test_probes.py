@@ -1,6 +1,7 @@
 """What was found by looking into videos is kept, believed only of files that have not changed, and never missed."""
 
 import os
+import random
 
 import pytest
 
@@ -77,6 +78,20 @@ def test_a_memory_that_is_damaged_or_cannot_be_written_is_done_without(paths, tm
         index.unlink()
         index.mkdir()
     for _ in range(2):
+        assert probe_videos(paths, folder) == whole
+
+
+def test_a_bit_that_has_flipped_is_never_believed(paths, tmp_path):
+    """SQLite itself does not notice one inside of a row."""
+    folder = tmp_path / "kept"
+    whole = probe_videos(paths, folder)
+    index = folder / "probes.sqlite"
+    content, chance = index.read_bytes(), random.Random(0)
+    used = [k for k, byte in enumerate(content) if byte]
+    for _ in range(300):
+        damaged = bytearray(content)
+        damaged[chance.choice(used)] ^= 1 << chance.randrange(8)
+        index.write_bytes(damaged)
         assert probe_videos(paths, folder) == whole
 
 
