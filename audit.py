@@ -287,7 +287,8 @@ def main(config: Config, run: Run) -> dict:
     result["verdict"] = report.write_verdict(result, config.price_per_1000)
     result["cells"] = [{name: value for name, value in cell.items() if name != "seconds"} for cell in cells]
     result["times"] = dict(
-        seconds=round(run.seconds, 1), planned=round(seconds, 1), cells={cell["name"]: cell["seconds"] for cell in cells},
+        seconds_since_last_start=round(run.seconds, 1), planned=round(seconds, 1),
+        cells={cell["name"]: cell["seconds"] for cell in cells},
         defence_ms={f"{name} {strength:g}": fit.cost.get("ms") for (name, strength), fit in fits.items()},
         queries_asked_now=num_queries,
     )  # fmt: skip

@@ -124,8 +124,8 @@ def report_thefts(
     """A row for each detector and thief: queries by the alarm, the clone's agreement by then, accounts that a theft burns.
 
     `agreement(row, queries)` is that of a clone made with so many useful queries. Queries by the alarm are the median of the
-    orders; an order without an alarm counts as longer than all others. A theft of `budget` useful queries is spread over as
-    many accounts as it takes, each closed at its alarm.
+    orders; an order without an alarm counts as longer than all others. A theft of `budget` useful queries, or of all that there
+    are, is spread over as many accounts as it takes, each closed at its alarm. None: one would do as far as it was watched.
     """
     rows = []
     for detector in fitted:
@@ -136,7 +136,7 @@ def report_thefts(
             middle = median(math.inf if alarm is None else alarm + 1 for alarm in found)
             alarm, length = (None if math.isinf(middle) else int(middle)), len(theft.streams[0].probs)
             useful = theft.share * (length if alarm is None else alarm)
-            whole = budget / theft.share  # queries that the whole theft takes
+            whole = length if theft.share == 1 else budget / theft.share  # queries that the whole theft takes
             rows.append(
                 dict(
                     row=f"{detector.name}, {theft.attacker}", detector=detector.name, attacker=theft.attacker,

@@ -41,6 +41,12 @@ def _clone(attacker: str) -> Column:
     return attacker, lambda row: percent(row["clones"].get(attacker))
 
 
+def _accounts(row: Mapping[str, Any]) -> str:
+    if row["accounts_burnt"] is not None:
+        return str(row["accounts_burnt"])
+    return "1" if row["queries_watched"] >= row["queries_in_all"] else f"1 for the {row['queries_watched']} watched"
+
+
 def _reach(level: float) -> Column:
     name = f"{100 * level:.0f}"
     return f"queries to {name} % (cost)", lambda row: _queries(row[f"to_{name}"], row["budget"])
@@ -82,7 +88,8 @@ TABLES: dict[str, Table] = {
     "detectors": Table(
         "Detectors against thieves",
         "One account of a thief. Queries to the alarm: the median of random orders. Agreement by then is read off the clone's "
-        "curve. Accounts: those that a theft of the largest budget burns, each closed at its alarm.",
+        "curve. Accounts: those that a theft of the largest budget burns, each closed at its alarm; diluted ones "
+        "are watched for as long as there are honest clips to dilute them with.",
         [
             ("detector, thief", lambda row: row["row"]),
             (
@@ -92,7 +99,7 @@ TABLES: dict[str, Table] = {
             ("orders alarmed", lambda row: f"{row['orders_alarmed']} of {row['orders']}"),
             ("queries watched", lambda row: str(row["queries_watched"])),
             ("agreement@1 by then, %", lambda row: percent(row["agreement_at_alarm"])),
-            ("accounts", lambda row: "1" if row["accounts_burnt"] is None else str(row["accounts_burnt"])),
+            ("accounts", _accounts),
             ("queries in all", lambda row: str(row["queries_in_all"])),
         ],
     ),

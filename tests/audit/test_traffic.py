@@ -78,7 +78,7 @@ def test_what_a_thief_has_by_the_alarm():
         Theft("diluted 75 %", [make_stream(400)] * 3, 0.25, "probs"),
     ]
     naive, diluted = report_thefts([detector], thefts, lambda row, queries: queries / 1000, 1000)
-    assert (naive["queries_to_alarm"], naive["agreement_at_alarm"], naive["accounts_burnt"]) == (100, 0.1, 10)
+    assert (naive["queries_to_alarm"], naive["agreement_at_alarm"], naive["accounts_burnt"]) == (100, 0.1, 4)
     assert (diluted["useful_queries"], diluted["accounts_burnt"], diluted["queries_in_all"]) == (25, 40, 4000)
     (free,) = report_thefts([Fitted("quota", dict(limit=10**6))], thefts[:1], lambda row, queries: queries / 1000, 1000)
     assert (free["queries_to_alarm"], free["accounts_burnt"], free["agreement_at_alarm"]) == (None, None, 0.4)
