@@ -32,11 +32,9 @@ from extraction.audit.students import Recipe
 from extraction.compute import Compute
 from extraction.data.augment import Augmentation
 from extraction.data.clips import Clips
-from extraction.data.demo import write_traffic
 from extraction.data.folders import find_aux_videos, find_videos, require_folder
 from extraction.data.queries import QuerySet
 from extraction.errors import UserError, printable
-from extraction.evaluation.suite import write_unseen_set
 from extraction.experiment import experiment, open_audit, run_script
 from extraction.runs import Run, current_commit
 from extraction.students import create_student
@@ -162,9 +160,6 @@ def main(config: Config, run: Run) -> dict:
     distributed.require_one_process("an audit")
     scale_name, scale = choose_scale(config)
     wire = name_wire(config.wire)
-    if config.demo:
-        write_traffic("datasets/demo")
-        write_unseen_set()
     folders = [require_folder(folder, "videos of your honest users") for folder in traffic.list_folders(config.traffic)]
     attack, model, key = open_audit(config, run)
     compute, evaluator = attack.compute, attack.evaluator

@@ -14,13 +14,14 @@ import torch
 from extraction import distributed
 from extraction.compute import Compute, choose_compute
 from extraction.data.clips import Clips
-from extraction.data.demo import ATTACK_SPLITS, write_demo_set
+from extraction.data.demo import ATTACK_SPLITS, write_demo_set, write_traffic
 from extraction.data.folders import Video, find_aux_folders, find_videos, require_folder
 from extraction.data.images import write_demo_images
 from extraction.errors import UserError, command_line, printable
 from extraction.evaluation.honest import fit_detector
 from extraction.evaluation.results import QUERY_BUDGET, print_results, say_how_to_go_on
 from extraction.evaluation.scoring import Evaluator
+from extraction.evaluation.suite import write_unseen_set
 from extraction.options import Options, ScoredVictimOptions, VictimOptions, check_options, parse_options
 from extraction.runs import Run
 from extraction.students import find_weights as find_student_weights
@@ -72,6 +73,9 @@ def _write_demo_data(config: Any) -> None:
     write_demo_set("datasets/demo", ATTACK_SPLITS if with_videos else {"val": ATTACK_SPLITS["val"]})
     if hasattr(config, "images"):
         write_demo_images("datasets/demo/images")
+    if hasattr(config, "traffic"):
+        write_traffic("datasets/demo")
+        write_unseen_set()  # its --val
 
 
 def _require_student(config: Any) -> None:

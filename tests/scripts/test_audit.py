@@ -1,6 +1,5 @@
 """The audit, at a tiny scale: queries as planned, resumed after a kill to the same report, and one line for what is wrong."""
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import audit
+from extraction import experiment
 from extraction.audit import cells, recording
 from extraction.audit.plan import SCALES, Scale
-from extraction.data.demo import write_traffic
+from extraction.data import demo
 from extraction.errors import UserError
 from extraction.victims.query_interface import Victim
 from tests.metered import put_meter, read_meter
@@ -21,7 +21,7 @@ TINY = Scale(("logits", "probs", "label"), ("noise", "reverse_sigmoid"), (0.3,),
 @pytest.fixture(scope="module")
 def make_config(demo_set, tmp_path_factory):
     root = tmp_path_factory.mktemp("traffic")
-    folders = write_traffic(root, {"traffic": (1, 48), "cameras": (2, 64)}, processes=1)
+    folders = demo.write_traffic(root, {"traffic": (1, 48), "cameras": (2, 64)}, processes=1)
 
     def make(out_dir: Path, **changed) -> audit.Config:
         options = audit.DEMO | dict(
@@ -161,6 +161,16 @@ def test_without_labels_agreement_is_audited_alone(make_config, tmp_path, capsys
     assert "| - |" in (tmp_path / "run" / "report.md").read_text()
 
 
-def test_the_config_of_the_demo_is_one(tmp_path):
-    config = dataclasses.replace(audit.Config(**audit.DEMO), quick=True)
-    assert audit.choose_scale(config)[0] == "quick"
+def test_the_demo_is_drawn_before_its_folders_are_looked_for(tmp_path, monkeypatch, error_line):
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+
+    def draw(*folders: str):
+        return lambda *args, **options: drawn.extend(folders) or [Path(folder).mkdir(parents=True) for folder in folders]
+
+    monkeypatch.setattr(experiment, "write_demo_set", draw(*(f"datasets/demo/{s}" for s in demo.ATTACK_SPLITS)))
+    monkeypatch.setattr(experiment, "write_traffic", draw(*(f"datasets/demo/{s}" for s in demo.TRAFFIC_SPLITS)))
+    monkeypatch.setattr(experiment, "write_unseen_set", draw("datasets/demo_unseen/val"))
+    config = audit.Config(**audit.DEMO, quick=True, thorough=True)
+    assert error_line(audit.main, config) == "--quick and --thorough: choose one"
+    assert {config.val, config.in_domain, *config.traffic} <= set(drawn)
