@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Annotated, BinaryIO
 
 import torch
@@ -100,8 +101,8 @@ def choose_scale(config: Config) -> tuple[str, Scale]:
 
 
 def measure_prices(compute: Compute, model: VictimModel, config: Config, num_classes: int) -> Prices:
-    """Seconds of a student's step, its prediction and a victim's answer, a clip each: the second of two, of a few clips."""
-    count = min(config.batch_size, 8)
+    """Seconds of a student's step, its prediction and a victim's answer, a clip each: the median of three after a first."""
+    count = min(config.batch_size, 16)
     clips = torch.rand(count, 3, config.num_frames, config.size, config.size, device=compute.device)
     student = compute.prepare(create_student(config.student, num_classes))
 
@@ -114,10 +115,12 @@ def measure_prices(compute: Compute, model: VictimModel, config: Config, num_cla
 
     found = []
     for work in (step, predict, lambda: model.model(clips).sum().item()):
-        work()
-        begin = time.perf_counter()
-        work()
-        found.append((time.perf_counter() - begin) / count)
+        times = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            work()
+            times.append((time.perf_counter() - begin) / count)
+        found.append(median(times[1:]))
     return Prices(*found)
 
 
