@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Annotated, BinaryIO
+from typing import Annotated
 
 import torch
 
@@ -43,7 +43,7 @@ from extraction.victims.detectors import Stream
 from extraction.victims.ownership import verify
 from extraction.victims.query_interface import Victim, VictimModel
 from extraction.victims.wire import name_wire
-from extraction.weights import write_atomically
+from extraction.weights import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,10 +318,6 @@ def say_cell(number: int, total: int, cell: Cell, result: dict) -> None:
     )
 
 
-def _write_text(text: str, file: BinaryIO) -> None:
-    file.write(text.encode())
-
-
 def write_report(folder: Path, result: dict, cells: list[dict]) -> None:
     """Write all files of the report, report.json last."""
     pictures = report.draw_figures(folder, result, cells)
@@ -332,7 +328,7 @@ def write_report(folder: Path, result: dict, cells: list[dict]) -> None:
         "report.json": json.dumps(result, indent=1) + "\n",
     }
     for name, text in files.items():
-        write_atomically(folder / name, partial(_write_text, text))
+        write_text(folder / name, text)
     print("\n" + "\n".join(f"- {sentence['text']}" for sentence in result["verdict"]))
     print(f"\nthe report is {printable(folder / 'report.html')}")
 

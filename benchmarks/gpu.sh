@@ -9,6 +9,7 @@
 # versions and the commit, ready for docs/performance.md. PYTHON names the interpreter; `--list` prints the parts.
 set -uo pipefail
 case ${1:-} in "" | --list) out=OUT ;; *) out=$(realpath -m "$1") ;; esac
+case $out in *[[:space:]]*) echo "gpu.sh: $out: a folder without blanks in its path, please" >&2; exit 1 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 SCALE=${SCALE:-full}

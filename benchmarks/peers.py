@@ -47,7 +47,7 @@ from extraction.experiment import run_script
 from extraction.runs import current_commit
 from extraction.students import Student, create_student
 from extraction.victims.zoo import load_model
-from extraction.weights import save_weights, write_atomically
+from extraction.weights import save_weights, write_text
 
 PROJECT = Path(__file__).parents[1]
 VICTIM, STUDENT, SHAPE = "demo_swin", "r2plus1d_tiny", (3, 16, 48, 48)
@@ -128,10 +128,8 @@ def train_by_art(
     elif method == "art_knockoff_random":
         attack = KnockoffNets(wrap(victim), **shared, sampling_strategy="random", use_probability=True, verbose=False)
     else:
-        attack, labels = (
-            KnockoffNets(wrap(victim), **shared, sampling_strategy="adaptive", reward="cert", verbose=False),
-            folders,
-        )
+        attack = KnockoffNets(wrap(victim), **shared, sampling_strategy="adaptive", reward="cert", verbose=False)
+        labels = folders
     attack.extract(pool, labels, thieved_classifier=wrap(student, optimizer))
 
 
@@ -182,16 +180,7 @@ def read_peak_mb() -> float:
 
 def build_command(config: Config, method: str, seed: int, folder: Path) -> list[str]:
     """Our script with the peers' constants: each clip is asked once."""
-    answers = [
-        "--answers",
-        METHODS[method],
-        "--num-clips",
-        config.budget,
-        "--views-per-clip",
-        1,
-        "--query-budget",
-        config.budget,
-    ]
+    answers = ["--answers", METHODS[method], "--num-clips", config.budget, "--views-per-clip", 1]
     data = ["--in-domain", config.in_domain, "--aux", *config.aux]
     training = ["--epochs", config.epochs, "--batch-size", config.batch_size, "--head-lr", config.lr, "--body-lr", config.lr]
     run = ["--demo", "--seed", seed, "--out-dir", folder, "--device", "cpu", "--clip-cache", folder / "clip_cache"]  # its own
@@ -204,13 +193,13 @@ def run_ours(config: Config, method: str, seed: int, folder: Path) -> None:
     started = time.monotonic()
     subprocess.run(build_command(config, method, seed, folder), check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    clips = min(config.budget, json.loads((folder / "results.json").read_text())["num_queries"])
-    steps = config.epochs * -(-clips // config.batch_size)
+    asked = json.loads((folder / "results.json").read_text())["num_queries"]
+    steps = config.epochs * -(-asked // config.batch_size)
     write_json(folder / "measured.json", dict(seconds=time.monotonic() - started, steps=steps, peak_mb=peak))
 
 
 def write_json(path: Path, value: dict) -> None:
-    write_atomically(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+    write_text(path, json.dumps(value, indent=1))
 
 
 def tabulate(config: Config, methods: list[str]) -> str:
@@ -228,7 +217,7 @@ def tabulate(config: Config, methods: list[str]) -> str:
     seeds = ", ".join(map(str, config.seeds))
     constants = f"{config.epochs} epochs, batches of {config.batch_size}, AdamW {config.lr:g}"
     text += f"\n\n{constants}; seeds {seeds}; commit {current_commit()}.\n"
-    write_atomically(Path(config.out_dir) / "table.md", lambda file: file.write(text.encode()))
+    write_text(Path(config.out_dir) / "table.md", text)
     return format_table(rows)
 
 

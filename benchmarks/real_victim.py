@@ -75,18 +75,17 @@ def build_experiment(config: Config, data: Path, attack: str, student: str, budg
     """The script of an attack and its flags, so that it asks exactly `budget` queries."""
     if budget < 100 or budget % 100:
         raise UserError(f"--budgets {budget}: must be hundreds")
-    web, robot = data / "web", require_folder(config.robot, "unlabelled videos of another kind")
     body_lr = config.lr if student == "nothing" else config.body_lr
     if attack in ("random_noise", "maze"):
-        script = "random_noise_with_swin" if attack == "random_noise" else "attack_video_movinet"
+        noise = attack == "random_noise"
+        script = f"black_box/{'random_noise_with_swin' if noise else 'attack_video_movinet'}.py"
         # 100 queries an iteration. Its replayed batches are as many as the other attacks' epochs have.
-        flags = ["--iterations", budget // 100, "--batch-size", 20, "--student-steps", 5 if attack == "random_noise" else 3]
+        flags = ["--iterations", budget // 100, "--batch-size", 20, "--student-steps", 5 if noise else 3]
         flags += ["--replay-steps", 5 * (config.epochs - 1), "--replay-clips", 1000, "--student-lr", config.lr]
-        flags += ["--score-every", 5000] + ([] if attack == "random_noise" else ["--num-directions", 1])
-        script = f"black_box/{script}.py"
+        flags += ["--score-every", 5000, *([] if noise else ["--num-directions", 1])]
     elif attack == "label_only":
-        script, rounds = "black_box/natural_images_label_only.py", 5
-        flags = ["--num-explore", budget // 2, "--num-rounds", rounds, "--per-round", budget // 2 // rounds]
+        script = "black_box/natural_images_label_only.py"
+        flags = ["--num-explore", budget // 2, "--num-rounds", 5, "--per-round", budget // 10]
         flags += ["--quota", budget, "--repeats", 1, "--images", config.photos, "--lr", config.lr, "--body-lr", body_lr]
         flags += ["--epochs", config.epochs]
     elif attack == "stacked_images":
@@ -97,7 +96,8 @@ def build_experiment(config: Config, data: Path, attack: str, student: str, budg
         # A view of each of at most 1 000 clips before any has two: 51 videos of eight seconds have not many more.
         views = max(1, budget // 1000)
         script = "grey_box/movinet_to_r50_auxiliary.py"
-        flags = ["--aux", web, *([robot] if attack == "web_and_robot_video" else []), "--clip-interval", 6]
+        robot = [require_folder(config.robot, "unlabelled videos of another kind")] if attack == "web_and_robot_video" else []
+        flags = ["--aux", data / "web", *robot, "--clip-interval", 6]
         flags += ["--num-clips", budget // views, "--views-per-clip", views, "--epochs", config.epochs * views]
         flags += ["--head-lr", config.lr, "--body-lr", body_lr]
     victim = ["--victim", config.victim, "--victim-record", Path(config.out_dir) / "victim.record"]

@@ -15,13 +15,13 @@ from extraction import distributed
 from extraction.compute import Compute, choose_compute
 from extraction.data.clips import Clips
 from extraction.data.demo import ATTACK_SPLITS, write_demo_set, write_traffic
-from extraction.data.folders import Video, find_aux_folders, find_videos, require_folder
+from extraction.data.folders import AUX, Video, find_aux_folders, find_videos, require_folder
 from extraction.data.images import write_demo_images
 from extraction.errors import UserError, command_line, printable
 from extraction.evaluation.honest import fit_detector
 from extraction.evaluation.results import QUERY_BUDGET, print_results, say_how_to_go_on
 from extraction.evaluation.scoring import Evaluator
-from extraction.evaluation.suite import write_unseen_set
+from extraction.evaluation.suite import UNSEEN, write_unseen_set
 from extraction.options import Options, ScoredVictimOptions, VictimOptions, check_options, parse_options
 from extraction.runs import Run
 from extraction.students import find_weights as find_student_weights
@@ -69,13 +69,19 @@ def _name_defence(config: VictimOptions) -> str | None:
 
 
 def _write_demo_data(config: Any) -> None:
-    with_videos = hasattr(config, "in_domain") or hasattr(config, "aux")
-    write_demo_set("datasets/demo", ATTACK_SPLITS if with_videos else {"val": ATTACK_SPLITS["val"]})
-    if hasattr(config, "images"):
+    """Draw what the run reads of the demo's folders: nothing where flags name others."""
+    aux = [AUX[name][1] if name in AUX else name for name in getattr(config, "aux", ())]
+    named = [getattr(config, name, None) for name in ("in_domain", "val", "images")]
+    used = {Path(folder) for folder in (*aux, *getattr(config, "traffic", ()), *named) if folder is not None}
+    if Path("datasets/demo/images") in used:
         write_demo_images("datasets/demo/images")
-    if hasattr(config, "traffic"):
+    if used & {Path("datasets/demo"), *(Path(f"datasets/demo/{split}") for split in ATTACK_SPLITS)}:
+        with_videos = hasattr(config, "in_domain") or hasattr(config, "aux")
+        write_demo_set("datasets/demo", ATTACK_SPLITS if with_videos else {"val": ATTACK_SPLITS["val"]})
+    if used & {Path(f"datasets/demo/{folder}") for folder in ("traffic", "cameras")}:
         write_traffic("datasets/demo")
-        write_unseen_set()  # its --val
+    if UNSEEN / "val" in used:
+        write_unseen_set()
 
 
 def _require_student(config: Any) -> None:

@@ -184,7 +184,7 @@ class RecipeOptions:
     """How a student is trained on the answers there are (docs/recipe.md): no query depends on it."""
 
     schedule: Literal["own", "one_cycle"] = "own"
-    """own: the script's learning rates; one_cycle: a warm-up over 5 % of all batches, then a cosine to zero at the last."""
+    """own: the script's learning rates; one_cycle: a warm-up over 5 % of all batches, then down to nearly zero at the last."""
     ema: Annotated[float, Range(0, 0.99999)] | None = None
     """Average the weights with this decay a step, score them too and save student_ema.safetensors; None: no average."""
     student_crop: Annotated[float, Range(0, 0.9)] = 0.0

@@ -117,6 +117,11 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], about: Mapping[s
     write_atomically(path, lambda file: file.write(content))
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, in UTF-8. Atomic."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file, fsync, rename: at `path` there is the old file or the whole new one, whatever happens.
 

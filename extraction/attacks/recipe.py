@@ -5,32 +5,25 @@ Nothing here makes a query, and nothing changes one: the victim's answer is that
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import OneCycleLR
 
 WARM_UP = 0.05  # share of the steps
 NUM_DRAWS = 7  # numbers in 0..1 for a clip
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, num_steps: int) -> LambdaLR:
-    """Learning rates that rise linearly over the first 5 % of `num_steps`, then fall along a cosine to zero at the last.
+def one_cycle(optimizer: torch.optim.Optimizer, num_steps: int) -> OneCycleLR:
+    """Learning rates that rise to each group's own over the first 5 % of `num_steps`, then fall to nearly zero at the last.
 
-    One cycle of Loshchilov & Hutter 2017 (arXiv 1608.03983), without restarts.
+    One cycle of Smith & Topin 2017 (arXiv 1708.07120), of the rates alone, along cosines.
     """
-    rising = max(1, round(WARM_UP * num_steps))
-
-    def find_factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / rising
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, num_steps - rising))))
-
-    return LambdaLR(optimizer, find_factor)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    return OneCycleLR(optimizer, peaks, total_steps=num_steps + 1, pct_start=WARM_UP, cycle_momentum=False)
 
 
 class AveragedWeights:

@@ -123,7 +123,7 @@ def report_thefts(
 ) -> list[dict]:
     """A row for each detector and thief: queries by the alarm, the clone's agreement by then, accounts that a theft burns.
 
-    `agreement(row, queries)` is that of a clone made with so many useful queries. Queries by the alarm are the median of the
+    `agreement(row, queries)` is that of a clone made with that many useful queries. Queries by the alarm are the median of the
     orders; an order without an alarm counts as longer than all others. A theft of `budget` useful queries, or of all that there
     are, is spread over as many accounts as it takes, each closed at its alarm. None: one would do as far as it was watched.
     """

@@ -21,7 +21,7 @@ from extraction.evaluation.scoring import Evaluator, score
 from extraction.students import Student
 from extraction.victims.defences import DEFENCES, draw, fit_defence, mark, measure, watermark
 from extraction.victims.query_interface import shape_answers
-from extraction.weights import write_atomically
+from extraction.weights import write_text
 
 
 class Fit(NamedTuple):
@@ -149,7 +149,7 @@ class Bench:
             result |= dict(status="not possible", reason=reason, scores={})
         else:
             result |= self._score(cell, done, desc)
-        write_atomically(path, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
+        write_text(path, json.dumps(result, indent=1) + "\n")
         return result
 
     def _score(self, cell: Cell, done: dict[str, dict], desc: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def queries_to(curve: Mapping[int, float], level: float) -> Reached:
 
 
 def agreement_at(curve: Mapping[int, float], queries: float, without: float) -> float:
-    """The agreement after so many queries: that of the largest budget beyond it, and `without` any at none.
+    """The agreement@1 after `queries` queries: that of the largest budget beyond it, and `without` any at none.
 
     Below the smallest budget it is linear in the queries, above linear in their logarithm.
     """

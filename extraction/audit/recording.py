@@ -6,13 +6,10 @@ however many answers an audit looks at.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,7 +19,7 @@ from extraction.errors import UserError
 from extraction.victims.detectors import thumbnail
 from extraction.victims.query_interface import Victim
 from extraction.victims.wire import send
-from extraction.weights import write_atomically
+from extraction.weights import read_state, save_weights
 
 CHUNK = 256  # clips in a file: what a killed process has to compute again at most
 
@@ -64,18 +61,13 @@ def record(folder: str | Path, name: str, keys: Sequence[bytes], load: Loader, v
             part = _read(path, len(places), victim.num_classes)
             if part is None:
                 part = _ask(places, load, victim)
-                content = safetensors.torch.save({key: value.contiguous() for key, value in part._asdict().items()})
-                write_atomically(path, partial(_write, content))
+                save_weights(path, part._asdict(), dict(victim=victim.name))
             parts.append(part)
             bar.update(len(places))
     recording = Recording(*(torch.cat(list(part)) for part in zip(*parts, strict=True)))
     if not recording.decoded.any():
         raise UserError(f"{name}: none of its {len(keys)} clips can be decoded")
     return recording
-
-
-def _write(content: bytes, file: BinaryIO) -> None:
-    file.write(content)
 
 
 def _ask(places: Sequence[int], load: Loader, victim: Victim) -> Recording:
@@ -92,8 +84,8 @@ def _ask(places: Sequence[int], load: Loader, victim: Victim) -> Recording:
 def _read(path: Path, count: int, num_classes: int) -> Recording | None:
     """A kept file; None for one that is missing or damaged, which is asked again."""
     try:
-        part = Recording(**safetensors.torch.load(path.read_bytes()))
-    except (OSError, SafetensorError, TypeError):
+        part = Recording(**read_state(path))
+    except (UserError, TypeError):
         return None
     return part if part.logits.shape == (count, num_classes) and len(part.decoded) == count else None
 

@@ -4,15 +4,14 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, BinaryIO
+from typing import Any
 
 from extraction.audit.curves import Reached, agreement_at, average_seeds, queries_to
 from extraction.evaluation.plots import draw_budgets, draw_trade_off
 from extraction.evaluation.results import percent
-from extraction.weights import write_atomically
+from extraction.weights import write_text
 
 LEVELS = (0.5, 0.7, 0.9)
 NOT_TESTED = (
@@ -211,10 +210,6 @@ def draw_figures(folder: str | Path, report: Mapping[str, Any], cells: Sequence[
     return pictures
 
 
-def _write_text(text: str, file: BinaryIO) -> None:
-    file.write(text.encode())
-
-
 def write_tables(folder: str | Path, tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Write each table as a CSV file, nested values in JSON."""
     for name, rows in tables.items():
@@ -224,4 +219,4 @@ def write_tables(folder: str | Path, tables: Mapping[str, Sequence[Mapping[str, 
             writer.writeheader()
             for row in rows:
                 writer.writerow({k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in row.items()})
-        write_atomically(Path(folder) / f"{name}.csv", partial(_write_text, text.getvalue()))
+        write_text(Path(folder) / f"{name}.csv", text.getvalue())

@@ -29,7 +29,7 @@ from extraction.data.clips import report_broken
 from extraction.data.decoding import EXACT_COLOURS, Unreadable, describe_error, open_video_stream, view_plane
 from extraction.data.folders import EXTENSIONS
 from extraction.errors import UserError, printable, run_tool
-from extraction.weights import write_atomically
+from extraction.weights import write_atomically, write_text
 
 _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
@@ -120,7 +120,7 @@ def _claim(target: Path, options: dict[str, int]) -> None:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {target}: {error.strerror}; choose another folder") from None
-    write_atomically(stamp, lambda file: file.write(json.dumps(options).encode()))
+    write_text(stamp, json.dumps(options))
 
 
 def _transcode_one(video: Path, copy: Path, short_side: int, gop: int, crf: int) -> str | None:

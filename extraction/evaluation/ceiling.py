@@ -20,7 +20,7 @@ from extraction.data.decoding import Broken
 from extraction.data.transcode import reencode_clip
 from extraction.evaluation.results import format_table, percent, percent_range
 from extraction.evaluation.scoring import Predictions, average, bootstrap, find_video_numbers, tally
-from extraction.weights import write_atomically
+from extraction.weights import write_text
 
 
 class Predict(Protocol):
@@ -111,7 +111,7 @@ def write_ceiling(path: Path, changes: list[Change]) -> None:
     writer.writerow(["change", *(f"{name}{end}" for name in names for end in ("", "_low", "_high"))])
     for change, scores, intervals in changes:
         writer.writerow([change, *(f"{value:.4f}" for name in names for value in (scores[name], *intervals[name]))])
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_text(path, text.getvalue())
 
 
 _SHARES = ("agreement_at_1", "agreement_at_5")

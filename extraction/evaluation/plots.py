@@ -14,7 +14,7 @@ def draw_curve(path: str | Path, history: Sequence[dict], victim_top1: float | N
     """Draw accuracy and agreement along the epochs or iterations of a run, the queries used by then on a second axis above.
 
     Not against the queries: once answers come round again these stand still while the student learns on, and a student in
-    mid-training at a number of queries is not what so many queries can buy (`draw_budgets` shows that). An epoch that the query
+    mid-training is not the student that a budget of those queries gives (`draw_budgets` shows that). An epoch that the query
     budget cut short stands where it would have ended.
     """
     axis = "epoch" if "epoch" in history[0] else "iteration"

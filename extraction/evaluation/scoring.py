@@ -20,7 +20,7 @@ from extraction.data.clips import Clips, load_batches
 from extraction.data.queries import ClipDataset, Ref
 from extraction.errors import UserError, printable
 from extraction.victims.ledger import Ledger
-from extraction.weights import write_atomically
+from extraction.weights import write_text
 
 
 class Predictions(NamedTuple):
@@ -381,4 +381,4 @@ def write_class_table(
         own = labels == label
         scores = score(probs[own], labels[own], videos=videos[own])
         writer.writerow([classes[label], len(videos[own].unique()), f"{scores['top1']:.4f}", f"{scores['top5']:.4f}"])
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_text(path, text.getvalue())

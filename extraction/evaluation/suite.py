@@ -21,7 +21,7 @@ from extraction.evaluation.results import SCORES, UNSEEN_SCORES, count_queries, 
 from extraction.evaluation.scoring import name_clips, predict_videos, score
 from extraction.students import load_student
 from extraction.victims.zoo import load_model
-from extraction.weights import read_state, save_weights, write_atomically
+from extraction.weights import read_state, save_weights, write_text
 
 PROJECT = Path(__file__).parents[2]
 UNSEEN = Path("datasets/demo_unseen")  # 1 200 demo videos that no experiment's constants were settled on
@@ -159,7 +159,7 @@ def write_table(
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(str(s) for s in seeds)}; commit {', '.join(commits)}."
         f"{' Differences: mean ± standard error, paired by seed.' if difference else ''}\n"
     )
-    write_atomically(out_dir / "table.md", lambda file: file.write(text.encode()))
+    write_text(out_dir / "table.md", text)
     bars = {
         name: {s: mean(known) for s in ("top1", "agreement_at_1") if (known := [r[s] for r in results if r.get(s) is not None])}
         for name, results in found.items()
@@ -198,8 +198,7 @@ def score_unseen(folder: Path) -> None:
         predictions = predict_videos(compute.prepare(student), clips, compute.device, desc=desc)
         scores = score(predictions.probs, predictions.labels, of_victim)
         kept |= {f"unseen_{name}{suffix}": scores[name] for name in ("top1", "agreement_at_1") if name in scores}
-    content = json.dumps(kept | dict(num_unseen_videos=clips.num_videos)).encode()
-    write_atomically(folder / "unseen.json", lambda file: file.write(content))
+    write_text(folder / "unseen.json", json.dumps(kept | dict(num_unseen_videos=clips.num_videos)))
 
 
 def _answer_unseen(results: dict[str, Any], clips: Clips, compute: Compute) -> Tensor:
@@ -227,7 +226,7 @@ def write_between_markers(path: Path, name: str, text: str) -> None:
     _, end, after = rest.partition("<!-- end -->")
     if not end:
         raise UserError(f"{path}: no lines <!-- {name} --> and <!-- end --> in it, between which the table belongs")
-    write_atomically(path, lambda file: file.write(f"{before}{start}\n{text}\n{end}{after}".encode()))
+    write_text(path, f"{before}{start}\n{text}\n{end}{after}")
 
 
 def _pick_score(runs: Mapping[int, dict], name: str) -> dict[int, float]:

@@ -2,9 +2,9 @@
 
 A name is one of `NETWORKS`, or `family:member` of `FAMILIES`: `timm:resnet18`, `torchvision:r3d_18`, `pytorchvideo:x3d_s`. What
 follows it changes the network: `@112` is the pixels a side that it is shown, `@4x112` the frames too, evenly spread over the
-clip, `+temporal` a learnt head over the frame features
-of a network of images (in the place of the mean of its logits over the frames), `+triplets` shows that network three grey
-frames in a row as one image. So a name says it all, in results.json and in a saved file too.
+clip; `+temporal` is a learnt head over the frame features of a network of images (in the place of the mean of its logits over
+the frames); `+triplets` shows that network three grey frames in a row as one image. So a name says it all, in results.json and
+in a saved file too.
 """
 
 import difflib

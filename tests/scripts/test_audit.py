@@ -92,17 +92,18 @@ def test_the_report_has_every_cell_and_its_verdict_names_rows_that_are_there(fin
 def test_a_killed_audit_goes_on_to_the_same_report(finished, make_config, tmp_path, monkeypatch):
     result, folder, _ = finished
     written: list[Path] = []
-    for module, most in ((recording, 3), (cells, 4)):
+    for module, name, most in ((recording, "save_weights", 3), (cells, "write_text", 4)):
         written.clear()
+        write = getattr(module, name)
 
-        def die(path, write, *, limit=most, real=module.write_atomically):
+        def die(path, *content, limit=most, write=write):
             if len(written) == limit:
                 raise KeyboardInterrupt
             written.append(path)
-            real(path, write)
+            write(path, *content)
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "write_atomically", die)
+            patch.setattr(module, name, die)
             with pytest.raises(KeyboardInterrupt):
                 audit.main(make_config(tmp_path / "run"))
     trained = []
@@ -122,11 +123,11 @@ def test_a_killed_audit_goes_on_to_the_same_report(finished, make_config, tmp_pa
 
 
 def test_a_full_disk_is_a_line_and_nothing_is_lost(finished, make_config, tmp_path, monkeypatch):
-    def fail(path, write):
+    def fail(path, text):
         raise UserError(f"cannot write {path}: No space left on device; make room, then run the same again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cells, "write_atomically", fail)
+        patch.setattr(cells, "write_text", fail)
         with pytest.raises(UserError, match="No space left"):
             audit.main(make_config(tmp_path / "run"))
     assert list((tmp_path / "run" / "recorded").glob("thief-*"))

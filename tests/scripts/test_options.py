@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import train_victim
-from extraction import options
+from extraction import experiment, options
 from extraction.errors import UserError
+from grey_box import swin_to_r21_kd
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("grey_box", "black_box")
@@ -157,3 +158,20 @@ def test_an_architecture_that_is_none_is_found_before_videos_are_looked_at(demo_
         train_victim.main(config)
     with pytest.raises(UserError, match=r"list nothere\.txt not found: --data-list"):
         train_victim.main(replace(config, architecture="swin_demo", data_list="nothere.txt"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "drawn"),
+    [
+        ({}, ["datasets/demo"]),
+        (dict(in_domain="mine", aux=("theirs",)), ["datasets/demo"]),
+        (dict(in_domain="mine", aux=("theirs",), val="held_out"), []),
+        (dict(in_domain="mine", aux=("ucf101",), val="held_out"), ["datasets/demo"]),
+    ],
+)
+def test_a_demo_draws_the_folders_that_it_reads(changes, drawn, monkeypatch):
+    """2 880 videos are a minute's work, in vain for who brings other folders."""
+    found = []
+    monkeypatch.setattr(experiment, "write_demo_set", lambda root, splits: found.append(root))
+    experiment._write_demo_data(swin_to_r21_kd.Config(**swin_to_r21_kd.DEMO | changes))
+    assert found == drawn

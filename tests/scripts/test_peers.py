@@ -66,7 +66,7 @@ def test_ours_has_the_peers_constants(demo_set, tmp_path):
     _, script, *flags = peers.build_command(config, "ours_label", 3, tmp_path)
     assert Path(script).name == "swin_to_r21.py"
     ours = options.parse_options(swin_to_r21.Config, swin_to_r21.Config(**swin_to_r21.DEMO), "", flags)
-    assert (ours.num_clips, ours.views_per_clip, ours.query_budget, ours.epochs, ours.batch_size) == (20, 1, 20, 2, 8)
+    assert (ours.num_clips, ours.views_per_clip, ours.epochs, ours.batch_size) == (20, 1, 2, 8)
     assert (ours.answers, ours.seed, ours.head_lr, ours.body_lr) == ("label", 3, 1.5e-3, 1.5e-3)
     assert (ours.schedule, ours.ema, ours.victim, ours.student) == ("one_cycle", 0.9, peers.VICTIM, peers.STUDENT)
     assert (ours.num_frames, ours.size, ours.size) == peers.SHAPE[1:]
