@@ -20,8 +20,9 @@ demo: setup  ## extract a small video model: minutes on two CPU cores
 audit: setup  ## what stops a thief of the demo's victim, and what that costs honest users: half an hour on two CPU cores
 	@$(PYTHON) audit.py --demo --quick
 
+# Files in the order of tests/conftest.py, the longest first; xdist's own would end with the file of one long test.
 test: setup lint  ## lint, format, types, tests
-	@$(PYTHON) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	@$(PYTHON) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 quick: setup  ## the tests of one room or file: make quick ROOM=victims
 	@$(PYTHON) -m pytest -q -x tests/$(ROOM)

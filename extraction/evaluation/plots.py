@@ -31,6 +31,7 @@ def draw_curve(path: str | Path, history: Sequence[dict], victim_top1: float | N
         axes.axhline(100 * victim_top1, color="black", linestyle="--", linewidth=1, label="victim top-1")
     axes.axhline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance top-1")
     axes.set(xlabel=axis, ylabel="%", ylim=(0, 102), title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     _mark_queries(axes, {point[axis]: point["num_queries"] for point in history})
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=8)
@@ -49,6 +50,7 @@ def draw_curves(path: str | Path, runs: Mapping[str, Sequence[dict]], chance: fl
         axes.plot([p["epoch"] for p in shown], [100 * p[metric] for p in shown], marker="o", markersize=3, label=name)
     axes.axhline(100 * chance, color="grey", linestyle=":", linewidth=1, label="chance")
     axes.set(xlabel="epoch", ylabel=f"{metric}, %", ylim=(0, 102), title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     used = {(point["epoch"], point["num_queries"]) for history in runs.values() for point in history}
     if len({epoch for epoch, _ in used}) == len(used):
         _mark_queries(axes, dict(sorted(used)))
@@ -115,10 +117,12 @@ def draw_trade_off(
 
 
 def draw_bars(path: str | Path, scores: Mapping[str, Mapping[str, float]], chance: float) -> None:
-    """Draw top-1 and agreement@1 of several experiments as bars, beside chance."""
+    """Draw top-1 and agreement@1 of several experiments as bars, beside chance; one that none has is left out."""
     figure, axes = _pyplot().subplots(figsize=(8, 0.8 + 0.45 * len(scores)), layout="constrained")
-    for offset, (metric, label) in enumerate((("agreement_at_1", "agreement@1"), ("top1", "top-1"))):
-        places = [k + 0.4 * offset - 0.2 for k in range(len(scores))]
+    named = {"agreement_at_1": "agreement@1", "top1": "top-1"}
+    shown = {metric: label for metric, label in named.items() if any(metric in own for own in scores.values())}
+    for number, (metric, label) in enumerate(shown.items()):
+        places = [k + 0.4 * (number - (len(shown) - 1) / 2) for k in range(len(scores))]
         axes.barh(places, [100 * own.get(metric, 0.0) for own in scores.values()], height=0.38, label=label)
     axes.set_yticks(range(len(scores)), list(scores))
     axes.invert_yaxis()
