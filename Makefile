@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON = $(shell if [ -n "$$VIRTUAL_ENV" ]; then echo "$$VIRTUAL_ENV/bin/python"; else echo .venv/bin/python; fi)
 CHECKED = extraction grey_box black_box eval_only.py train_victim.py audit.py
 
-.PHONY: help setup demo quick test lint golden tables picture audit
+.PHONY: help setup demo quick test tests lint golden tables picture audit
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile
@@ -20,8 +20,11 @@ demo: setup  ## extract a small video model: minutes on two CPU cores
 audit: setup  ## what stops a thief of the demo's victim, and what that costs honest users: half an hour on two CPU cores
 	@$(PYTHON) audit.py --demo --quick
 
+test: setup  ## lint, format, types, tests
+	@$(MAKE) --no-print-directory -j2 lint tests
+
 # Files in the order of tests/conftest.py, the longest first; xdist's own would end with the file of one long test.
-test: setup lint  ## lint, format, types, tests
+tests: setup
 	@$(PYTHON) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 quick: setup  ## the tests of one room or file: make quick ROOM=victims

@@ -60,16 +60,18 @@ def kd_flags(demo_set):
     return ["--in-domain", demo_set / "train_5per", "--val", demo_set / "val", *aux, "--num-workers", 0]
 
 
-def test_two_processes_follow_one_over_50_steps_and_use_as_many_queries(kd_flags, tmp_path):
+@pytest.mark.parametrize("steps", [15, pytest.param(50, marks=pytest.mark.slow)])
+def test_two_processes_follow_one_and_use_as_many_queries(steps, kd_flags, tmp_path):
     # The body at its published learning rate. At the demo's, 500 times that, the rounding of another order of sums grows
     # from 2e-7 in the first loss to some 1e-2 in the fiftieth, as it does between one thread and two.
-    flags = [*kd_flags, "--epochs", 10, "--views-per-clip", 2, "--head-lr", 1e-3, "--body-lr", 3e-6]
+    flags = [*kd_flags, "--epochs", steps // 5, "--views-per-clip", 2, "--head-lr", 1e-3, "--body-lr", 3e-6]
     for count in (1, 2):
         outputs = finish(start(KD, tmp_path / str(count), flags, count))
     one, two = tmp_path / "1", tmp_path / "2"
     losses = [torch.tensor(read_checkpoint(folder / "state.pt")["recent"]) for folder in (one, two)]
-    assert len(losses[0]) == 50
-    assert losses[0][:5].mean() > losses[0][-5:].mean() + 0.1  # from the first epoch to the last they went somewhere together
+    assert len(losses[0]) == steps
+    # From the first epoch to the last they went somewhere together.
+    assert losses[0][:5].mean() > losses[0][-5:].mean() + 0.002 * steps
     print(f"largest difference {(losses[0] - losses[1]).abs().max():.1e}; losses {losses[0][0]:.3f} to {losses[0][-1]:.3f}")
     assert (losses[0] - losses[1]).abs().max() < 1e-4
     assert results_of(one)["num_queries"] == results_of(two)["num_queries"] == 2 * 76

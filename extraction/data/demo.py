@@ -404,8 +404,8 @@ def write_demo_set(
 ) -> Path:
     """Write the demo set below `root` as `root/split/class/*.mp4`, unless it is there already, and return `root`.
 
-    `splits` maps a split to its number of videos per class. A stamp per split makes a second call, or a call after an
-    interrupted one, write only what is missing.
+    `splits` maps a split to its number of videos per class. `processes` draw, by default one a core; 1: this one alone. A stamp
+    per split makes a second call, or a call after an interrupted one, write only what is missing.
     """
     root, splits = Path(root), splits or ATTACK_SPLITS
     with locked(root):
@@ -425,20 +425,22 @@ def locked(root: Path):
 def _write_splits(
     root: Path, splits: dict[str, int], num_classes: int, num_frames: int, size: int, seed: int, processes: int | None
 ) -> None:
-    for split, count in splits.items():
-        folder, stamp = root / split, root / f".{split}.json"
-        wanted = json.dumps([VERSION, ENCODING, count, num_classes, num_frames, size, seed])
-        if stamp.exists() and stamp.read_text() == wanted:
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        others = {"unrelated_a": UNRELATED_A, "unrelated_b": UNRELATED_B, "cameras": CAMERAS[0]}
-        names = others.get(split) or list_classes(num_classes)
-        jobs = [(folder / name / f"{i:05d}.mp4", split, name, i) for name in names for i in range(count)]
-        for name in names:
-            (folder / name).mkdir(parents=True)
-        write = partial(_write_one, num_classes=num_classes, seed=seed, num_frames=num_frames, size=size)
-        with ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-            done = pool.map(write, jobs, chunksize=16)
+    # A process that is started imports PyTorch, which takes longer than drawing a few videos.
+    pool = None if processes == 1 else ProcessPoolExecutor(processes or os.cpu_count(), mp_context=get_context("spawn"))
+    with pool or contextlib.nullcontext():
+        for split, count in splits.items():
+            folder, stamp = root / split, root / f".{split}.json"
+            wanted = json.dumps([VERSION, ENCODING, count, num_classes, num_frames, size, seed])
+            if stamp.exists() and stamp.read_text() == wanted:
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
+            others = {"unrelated_a": UNRELATED_A, "unrelated_b": UNRELATED_B, "cameras": CAMERAS[0]}
+            names = others.get(split) or list_classes(num_classes)
+            jobs = [(folder / name / f"{i:05d}.mp4", split, name, i) for name in names for i in range(count)]
+            for name in names:
+                (folder / name).mkdir(parents=True)
+            write = partial(_write_one, num_classes=num_classes, seed=seed, num_frames=num_frames, size=size)
+            done = map(write, jobs) if pool is None else pool.map(write, jobs, chunksize=16)
             for _ in tqdm(done, total=len(jobs), desc=f"drawing demo {split}", unit="video", dynamic_ncols=True):
                 pass
-        stamp.write_text(wanted)
+            stamp.write_text(wanted)

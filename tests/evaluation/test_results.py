@@ -1,8 +1,7 @@
 """The table of several runs: a row for each victim, and only what was scored on the same videos beside each other."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,11 +81,8 @@ def test_what_is_no_run_of_a_student_gets_one_line(tmp_path, content, line):
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_line(tmp_path):
-    def run(*given) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "extraction.evaluation.results", *map(str, given)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-
+def test_the_command_line(tmp_path, run_module):
+    run = partial(run_module, tmp_path, "extraction.evaluation.results")
     done = run(write_run(tmp_path / "a"), write_run(tmp_path / "b", **ALONE))
     assert (done.returncode, len(read_rows(done.stdout))) == (0, 4)
     none = run()

@@ -504,10 +504,10 @@ def test_videos_of_one_youtube_id_are_the_same(small, tmp_path, error_line):
         ["evaluation.results"],
     ],
 )
-def test_a_tool_ends_with_one_line(command, tmp_path):
+def test_a_tool_ends_with_one_line(command, tmp_path, run_module):
     tool, *given = command
     given.insert(tool == "victims.ledger", str(tmp_path / "nowhere"))
-    done = subprocess.run([sys.executable, "-m", f"extraction.{tool}", *given], capture_output=True, text=True, cwd=tmp_path)
+    done = run_module(tmp_path, f"extraction.{tool}", *given)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"{tool.split('.')[-1]}: ")

@@ -19,7 +19,7 @@ def small(script, demo_set, out_dir, **changes):
     return script.Config(**constants | changes)
 
 
-@pytest.mark.parametrize("script", [biggan_with_swin, biggan_with_movinet])
+@pytest.mark.parametrize("script", [biggan_with_swin, pytest.param(biggan_with_movinet, marks=pytest.mark.slow)])
 def test_num_queries_is_the_docstrings_formula(script, demo_set, tmp_path):
     results = script.main(small(script, demo_set, tmp_path / "run"))
     steps = sum(entry["steps"] for entry in results["search"])

@@ -22,6 +22,7 @@ def configure(demo_set, tmp_path, **changes):
     return peers.Config(**data | dict(budget=20, epochs=2, batch_size=8, seeds=(0,), out_dir=str(tmp_path)) | changes)
 
 
+@pytest.mark.slow
 def test_a_peer_is_counted_at_the_victim_trained_and_scored(demo_set, tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "UNSEEN", tmp_path / "unseen")
     monkeypatch.setattr(suite, "write_unseen_set", lambda: demo_set)
