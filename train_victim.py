@@ -29,7 +29,15 @@ from extraction.evaluation.results import percent
 from extraction.evaluation.scoring import Evaluator
 from extraction.experiment import run_script
 from extraction.runs import Run
-from extraction.victims.trained import create_network, find_head, learned_weights, load_body, load_trained, parameter_groups
+from extraction.victims.trained import (
+    INT8,
+    create_network,
+    find_head,
+    learned_weights,
+    load_body,
+    load_trained,
+    parameter_groups,
+)
 from extraction.weights import save_weights
 
 
@@ -44,7 +52,7 @@ class Config:
     val_list: str | None = None
     """Use only the held-out videos that this list names."""
     architecture: str = "swin_demo"
-    """The victim's network: swin_demo, swin_t, swin_s, swin_b, movinet_demo, movinet_a0, ..., or any student's name."""
+    """The victim's network: swin_demo, swin_t, ..., movinet_demo, movinet_a0, ..., movinet_a0_stream_int8, any student's."""
     weights: str | None = None
     """Weight file to start from, all but the head: published, or an earlier victim's; imagenet for efficientnet_lite0."""
     num_frames: options.Count = 16
@@ -104,6 +112,8 @@ def main(config: Config) -> dict:
         if file not in (None, "imagenet") and not Path(file).exists():
             raise UserError(f"--{flag} {file} not found")
     find_head(config.architecture)  # refuses an unknown one
+    if config.architecture in INT8 and config.weights is None:
+        raise UserError(f"--architecture {config.architecture}: only its head learns; pass the published file by --weights")
     device = choose_device(config.device)
     root = require_folder(config.data, "a folder of class folders of videos")
     val_root = require_folder(config.val or root, "held-out labelled videos, in class folders,")

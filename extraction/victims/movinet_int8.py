@@ -143,15 +143,20 @@ class MoViNetInt8(nn.Module):
 
     @torch.no_grad()
     def forward(self, clips: Tensor, states: States | None = None) -> Tensor:
+        x = self.embed(clips, states)
+        with torch.autocast(clips.device.type, enabled=False):
+            return self.classifier_norm(self.classifier(x.double()).float()) * self.logit_step
+
+    @torch.no_grad()
+    def embed(self, clips: Tensor, states: States | None = None) -> Tensor:
+        """What the classifier sees of clips: (B, hidden) whole numbers of steps."""
         with torch.autocast(clips.device.type, enabled=False):  # half precision has no room for the sums
             x = self.stem(self.start(clips.float().transpose(1, 2).clone()))
             for group in self.blocks.children():
                 for block in group.children():
                     x = block(x, states)
             x = self._pool(self.head(x), states)
-            x = self.hidden_norm(self.hidden(x.double()).float())
-            x = self.classifier_norm(self.classifier(x.double()).float())
-            return x * self.logit_step
+            return self.hidden_norm(self.hidden(x.double()).float())
 
     def _pool(self, x: Tensor, states: States | None) -> Tensor:
         """The mean over pixels and all frames so far, (B, C): a sum that is rounded with each frame."""
@@ -162,6 +167,34 @@ class MoViNetInt8(nn.Module):
             total = self.add_frame(frame, self.carry(total.clone())) * self.sum_step
         kept["head"], kept["frames"] = total, kept.get("frames", 0) + means.shape[1]
         return self.pooled(total / kept["frames"])
+
+
+class Int8Probe(nn.Module):
+    """A fresh linear head on a published int8 model: float (B, 3, T, 172, 172) clips in [0, 1] -> logits (B, num_classes).
+
+    The model itself stays as it is, for whole numbers have no gradients. What it says of a clip is normalised for the head.
+    """
+
+    def __init__(self, model_id: str, num_classes: int):
+        super().__init__()
+        self.body = MoViNetInt8(model_id)
+        width = self.body.classifier.in_features
+        for name in _CLASSIFIER:
+            delattr(self.body, name)
+        self.norm = nn.BatchNorm1d(width, affine=False)
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.classifier(self.norm(self.body.embed(clips)))
+
+
+_CLASSIFIER = ("classifier", "classifier_norm", "logit_step")
+
+
+def load_probe_body(path: Path, model_id: str) -> dict[str, Tensor]:
+    """The state of an `Int8Probe`'s body, from what `load_int8_state` reads."""
+    state = load_int8_state(path, model_id)
+    return {f"body.{name}": value for name, value in state.items() if name.partition(".")[0] not in _CLASSIFIER}
 
 
 def create_int8(model_id: str, state: dict[str, Tensor]) -> MoViNetInt8:

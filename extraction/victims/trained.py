@@ -8,25 +8,28 @@ from extraction.errors import UserError
 from extraction.network import VideoModel
 from extraction.network.names import KNOWN, find_network, find_weights, is_network
 from extraction.network.spec import WindowedModel
-from extraction.victims import movinet, swin
+from extraction.victims import movinet, movinet_int8, swin
 from extraction.weights import read_metadata, read_state
 
 MOVINETS = tuple(f"movinet_{model_id}" for model_id in movinet.MODELS)
+# Published for phones, in whole numbers: only a head on them can learn.
+INT8 = {f"movinet_{model_id}_stream_int8": model_id for model_id in ("a0", "a1", "a2")}
+INT8_SIZE = 172  # pixels a side, of all that were published
 
 
 def find_head(architecture: str) -> str:
     """The name of the module that makes the logits in a network of `architecture`.
 
-    There are those of `swin.ARCHITECTURES`, MoViNets, and networks by name (`extraction.network.names`). Raises UserError for
-    any other.
+    There are those of `swin.ARCHITECTURES`, MoViNets, heads on int8 MoViNets, and networks by name
+    (`extraction.network.names`). Raises UserError for any other.
     """
     if architecture in swin.ARCHITECTURES:
         return "head"
-    if architecture in MOVINETS:
+    if architecture in MOVINETS or architecture in INT8:
         return "classifier"
     if is_network(architecture):
         return find_network(architecture).head
-    known = ", ".join((*swin.ARCHITECTURES, *MOVINETS, *KNOWN))
+    known = ", ".join((*swin.ARCHITECTURES, *MOVINETS, *INT8, *KNOWN))
     raise UserError(f"no architecture is called {architecture!r}; there are {known}")
 
 
@@ -43,6 +46,8 @@ def create_network(architecture: str, num_classes: int, num_frames: int, size: i
         return VideoModel(net, num_frames, size)
     if architecture in MOVINETS:
         return VideoModel(movinet.MoViNet(architecture.removeprefix("movinet_"), num_classes), num_frames, size)
+    if architecture in INT8:
+        return VideoModel(movinet_int8.Int8Probe(INT8[architecture], num_classes), num_frames, INT8_SIZE)
     if architecture in swin.ARCHITECTURES:
         return VideoModel(swin.create_swin(architecture, num_classes), num_frames, size, swin.MEAN, swin.STD)
     return WindowedModel(find_network(architecture), num_classes, num_frames)
@@ -58,12 +63,15 @@ def load_body(model: VideoModel, architecture: str, weights: str | Path) -> None
         state = model.rename_published(read_state(path))
     else:
         head = find_head(architecture) + "."
-        if architecture in MOVINETS:
+        if architecture in INT8:
+            state = movinet_int8.load_probe_body(path, INT8[architecture])
+        elif architecture in MOVINETS:
             state = movinet.load_movinet_state(path, architecture.removeprefix("movinet_"))
         else:
             state = swin.to_torchvision_keys(read_state(path))
         state = {key: value for key, value in state.items() if not key.startswith(head)}
-        state |= {key: value for key, value in model.net.state_dict().items() if key.startswith(head)}
+        fresh = (head, "norm.") if architecture in INT8 else head
+        state |= {key: value for key, value in model.net.state_dict().items() if key.startswith(fresh)}
     swin.load_state(model.net, state, path, architecture)
 
 
@@ -86,7 +94,7 @@ def load_trained(weights: Path) -> tuple[VideoModel, list[str]]:
     swin.load_state(model.net, read_state(weights), weights, about["architecture"])
     if isinstance(model.net, movinet.MoViNet):
         model.net = model.net.fuse()
-    elif not isinstance(model, WindowedModel):
+    elif isinstance(model.net, swin.SwinTransformer3d):
         model.net = swin.FusedSwin(model.net)
     return model, about["classes"]
 

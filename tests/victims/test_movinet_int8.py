@@ -16,8 +16,9 @@ from extraction.victims.exported import load_tflite
 from extraction.victims.movinet import MODELS
 from extraction.victims.movinet_int8 import Halve, Rounding, Sum, create_int8, load_int8_state
 from extraction.victims.movinet_stream import load_stream
+from extraction.victims.trained import create_network, learned_weights, load_body, load_trained, parameter_groups
 from extraction.victims.zoo import load_model
-from extraction.weights import read_metadata
+from extraction.weights import read_metadata, save_weights
 
 schema = pytest.importorskip("ai_edge_litert.schema_py_generated", reason="needs ai-edge-litert, to compare with")
 
@@ -281,6 +282,33 @@ def test_is_converted_once_to_safetensors(file, clips, expected, tmp_path, monke
     assert (victim.model.num_frames, victim.model.size, victim.classes[0]) == (None, 172, "abseiling")
     with pytest.raises(UserError, match="MoViNet-A1 Stream in int8"):
         load_int8_state(out, "a1")
+
+
+def test_a_fresh_head_learns_on_a_body_that_stays(file, net, clips, tmp_path):
+    model = create_network("movinet_a0_stream_int8", 3, 7, SIZE)
+    load_body(model, "movinet_a0_stream_int8", file)
+    inputs = []
+    hook = net.classifier.register_forward_hook(lambda module, given, out: inputs.append(given[0].float()))
+    logits = net(clips)
+    hook.remove()
+    assert torch.equal(model.net.body.embed(clips), inputs[0])
+    assert logits.shape[1] == 600  # as before
+    before = {name: value.clone() for name, value in model.net.state_dict().items()}
+    optimizer = torch.optim.AdamW(parameter_groups(model, "movinet_a0_stream_int8", 1e-2, 1e-2))
+    for _ in range(20):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model.train()(clips), torch.arange(3)).backward()
+        optimizer.step()
+    assert model(clips).argmax(1).tolist() == [0, 1, 2]
+    changed = {name for name, value in model.net.state_dict().items() if not torch.equal(value, before[name])}
+    own = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "classifier.weight", "classifier.bias"}
+    assert changed == own
+    about = dict(architecture="movinet_a0_stream_int8", classes=["a", "b", "c"], num_frames=7, size=SIZE)
+    save_weights(tmp_path / "victim.safetensors", learned_weights(model), about)
+    loaded, classes = load_trained(tmp_path / "victim.safetensors")
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(clips), model.eval()(clips))
+    assert classes == ["a", "b", "c"]
 
 
 def test_other_files_get_one_line(file, error_line, tmp_path, monkeypatch):
