@@ -15,19 +15,23 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 
 from extraction import distributed, options
+from extraction.attacks.data_free import METHODS
 from extraction.audit import page, report, traffic
 from extraction.audit.alarms import fit_detectors, list_thefts, report_false_alarms, report_thefts
 from extraction.audit.cells import Bench, Fit, fit_to_honest
-from extraction.audit.plan import SCALES, Cell, Plan, Prices, Scale, estimate_seconds, plan_cells
+from extraction.audit.live import Estimate, Live
+from extraction.audit.plan import SCALES, Cell, Plan, Prices, Scale, estimate_seconds, list_live_wires, plan_cells
 from extraction.audit.recording import Recording, Views, record
 from extraction.audit.students import Recipe
 from extraction.compute import Compute
@@ -37,18 +41,20 @@ from extraction.data.folders import find_aux_videos, find_videos, require_folder
 from extraction.data.queries import QuerySet
 from extraction.errors import UserError, printable
 from extraction.experiment import experiment, open_audit, run_script
+from extraction.generators import create_generator
 from extraction.runs import Run, current_commit
-from extraction.students import create_student
+from extraction.students import Student, create_student
 from extraction.victims.detectors import Stream
 from extraction.victims.ownership import verify
 from extraction.victims.query_interface import Victim, VictimModel
-from extraction.victims.wire import name_wire
+from extraction.victims.wire import name_wire, send
 from extraction.weights import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(
-    options.Options, options.InDomainOptions, options.VideoOptions, options.QueryOptions, options.ScoredVictimOptions
+    options.Options, options.InDomainOptions, options.VideoOptions, options.QueryOptions, options.ScoredVictimOptions,
+    options.GeneratorOptions,
 ):  # fmt: skip
     victim: str = "swin_b_k400"
     student: str = "r2plus1d_34"
@@ -72,6 +78,8 @@ class Config(
     """Honest accounts of each profile; by default the scale's."""
     query_budget: options.Natural | None = None
     """The thief's largest budget; by default the scale's share of all views."""
+    live_budget: options.Natural | None = None
+    """The most queries of each data-free or crafted attack, which run live; by default the scale's; 0: none is run."""
     wire: str | None = None
     """How clips reach the victim: float, uint8, or h264 or h264:CRF, encoded and decoded again; None: as floats."""
     views_per_clip: options.Count | None = 4
@@ -83,11 +91,15 @@ class Config(
     body_lr: float = 3e-6
     label_weight: options.Rate = 10.0
     """Weight of the true-label loss next to the victim's, per clip."""
+    num_directions: options.Count | None = 10
+    """Random directions per gradient estimate (m) of the data-free attack."""
+    generator_lr: options.Rate = 1e-5
 
 
 DEMO = options.IN_DOMAIN_DEMO | dict(
     victim="demo_swin", student="r2plus1d_tiny", epochs=9, head_lr=1.5e-3, body_lr=1.5e-3, label_weight=1.0,
     val="datasets/demo_unseen/val", traffic=("datasets/demo/traffic", "datasets/demo/cameras"),
+    generator="layered", num_directions=2, epsilon=0.03, generator_lr=3e-4,
 )  # fmt: skip
 
 
@@ -97,11 +109,16 @@ def choose_scale(config: Config) -> tuple[str, Scale]:
         raise UserError("--quick and --thorough: choose one")
     name = "quick" if config.quick else "thorough" if config.thorough else "default"
     scale = SCALES[name]
-    return name, scale if config.accounts is None else scale._replace(num_accounts=config.accounts)
+    scale = scale if config.accounts is None else scale._replace(num_accounts=config.accounts)
+    return name, scale if config.live_budget is None else scale._replace(live_budget=config.live_budget)
 
 
-def measure_prices(compute: Compute, model: VictimModel, config: Config, num_classes: int) -> Prices:
-    """Seconds of a student's step, its prediction and a victim's answer, a clip each: the median of three after a first."""
+def open_generator(compute: Compute, config: Config, num_classes: int) -> Any:
+    return create_generator(config.generator, num_classes, config.num_frames, config.size).to(compute.device)
+
+
+def measure_prices(compute: Compute, model: VictimModel, config: Config, num_classes: int, live: bool) -> Prices:
+    """Seconds of what `Prices` has, a clip each: the median of three after a first. `live`: of live attacks too."""
     count = min(config.batch_size, 16)
     clips = torch.rand(count, 3, config.num_frames, config.size, config.size, device=compute.device)
     student = compute.prepare(create_student(config.student, num_classes))
@@ -113,8 +130,25 @@ def measure_prices(compute: Compute, model: VictimModel, config: Config, num_cla
     def predict() -> None:
         student.eval()(clips).sum().item()
 
+    works: list[Callable[[], object]] = [step, predict, lambda: model.model(clips).sum().item()]
+    if live:
+        generator = open_generator(compute, config, num_classes)
+        classes = torch.arange(count, device=compute.device) % num_classes
+
+        @torch.no_grad()
+        def generate() -> Tensor:
+            return generator.render(generator(torch.randn(count, generator.noise_dim, device=compute.device), classes))
+
+        def craft() -> None:
+            wanted = clips.clone().requires_grad_(True)
+            torch.autograd.grad(student.eval()(wanted).sum(), wanted)[0].sum().item()
+
+        sent = generate()
+        works += [
+            lambda: generate().sum().item(), craft, lambda: send(sent, list_live_wires(name_wire(config.wire))[-1])
+        ]  # fmt: skip
     found = []
-    for work in (step, predict, lambda: model.model(clips).sum().item()):
+    for work in works:
         times = []
         for _ in range(4):
             begin = time.perf_counter()
@@ -131,6 +165,8 @@ def print_plan(
     print(f"plan ({scale}): {len(plan.cells)} cells, {plan.num_students} students of {plan.recipe_clips} clips each")
     print("  " + ", ".join(f"{group} {count}" for group, count in groups.items()))
     print(f"  budgets {', '.join(map(str, plan.budgets))}; {num_asked} queries are answered, once, for all cells")
+    if plan.live_queries:
+        print(f"  {plan.live_queries} queries more of attacks that run live, each with its own meter")
     print(f"  {num_honest} clips of {num_accounts} honest accounts, and the held-out videos: the owner's own, no queries")
     print(f"  a thief pays {plan.budgets[-1] * price / 1000:.2f} for the largest budget, at {price:g} per 1 000 queries")
     print(f"  about {max(1, round(seconds / 60))} minutes on this machine", flush=True)
@@ -173,12 +209,13 @@ def main(config: Config, run: Run) -> dict:
     videos = find_videos(config.in_domain, model.classes, "train", config.in_domain_list)
     clips = Clips(videos + find_aux_videos(config.aux, config.demo), **config.cut, **config.shape)
     evaluator.refuse_overlap(clips)
-    queries = QuerySet(
-        clips, Augmentation(config.hflip, config.brightness, config.rotation), config.views_per_clip or 1, config.seed
-    )
+    augmentation = Augmentation(config.hflip, config.brightness, config.rotation)
+    queries = QuerySet(clips, augmentation, config.views_per_clip or 1, config.seed)
+    m = METHODS["maze"].num_directions if config.num_directions is None else config.num_directions
+    estimate = Estimate(m, config.epsilon, config.generator_lr)
     plan = plan_cells(
         scale, len(clips), config.views_per_clip or 1, config.query_budget, config.batch_size, config.epochs, config.answers,
-        config.defences,
+        config.defences, wire, estimate.num_directions,
     )  # fmt: skip
     span = ((config.num_frames - 1) * config.stride + 1) // 4
     windows = Clips(
@@ -193,7 +230,7 @@ def main(config: Config, run: Run) -> dict:
     asked = list(dict.fromkeys(order + one_order))
     held_out = [(place, "") for place in range(len(evaluator.clips))]
 
-    prices = measure_prices(compute, model, config, len(model.classes))
+    prices = measure_prices(compute, model, config, len(model.classes), plan.live_queries > 0)
     seconds = estimate_seconds(plan, prices, len(asked), len(honest) + len(held_out), len(held_out))
     print_plan(plan, scale_name, len(asked), len(honest), len(accounts), seconds, config.price_per_1000)
     run.begin()
@@ -231,10 +268,22 @@ def main(config: Config, run: Run) -> dict:
     # The cells.
     folder = run.folder / "cells"
     folder.mkdir(exist_ok=True)
+
+    def create() -> Student:
+        return compute.prepare(create_student(config.student, len(model.classes), config.student_weights))
+
+    recipe = Recipe(plan.recipe_clips, config.head_lr, config.body_lr, config.label_weight)
+    live = Live(
+        open_run=lambda cell: Run(cell.row, run.folder / "live" / cell.name, cell, config.checkpoint_seconds), model=model,
+        key=key, parameters={name: fit.parameter for name, fit in fits.items()}, create=create,
+        create_generator=lambda: open_generator(compute, config, len(model.classes)),
+        queries=QuerySet(Clips(videos, **config.cut, **config.shape), augmentation, None, config.seed),
+        clip_shape=(3, config.num_frames, config.size, config.size), batch_size=config.batch_size,
+        num_workers=config.num_workers, recipe=recipe, estimate=estimate, evaluator=evaluator,
+    )  # fmt: skip
     bench = Bench(
-        folder=folder, views=views, asked=asked, recording=thefts, order=order, one_order=one_order, fits=fits,
-        create=lambda: compute.prepare(create_student(config.student, len(model.classes), config.student_weights)),
-        recipe=Recipe(plan.recipe_clips, config.head_lr, config.body_lr, config.label_weight), evaluator=evaluator, key=key,
+        folder=folder, views=views, asked=asked, recording=thefts, order=order, one_order=one_order, fits=fits, create=create,
+        recipe=recipe, evaluator=evaluator, key=key, live=live,
     )  # fmt: skip
     done: dict[str, dict] = {}
     with run.interruptible():
@@ -259,6 +308,7 @@ def main(config: Config, run: Run) -> dict:
     tables = dict(
         answers=report.tabulate_answers(cells, config.price_per_1000),
         defences=report.tabulate_defences(cells, fits),
+        live=report.tabulate_live(cells),
         detectors=report_thefts(fitted, watched, report.make_agreement(cells), plan.budgets[-1]),
         false_alarms=report_false_alarms(fitted, accounts, streams),
         ownership=say_ownership(bench, cells),
@@ -273,7 +323,7 @@ def main(config: Config, run: Run) -> dict:
     )  # fmt: skip
     planned = dict(
         cells=len(plan.cells), students=plan.num_students, clips_per_student=plan.recipe_clips, queries=len(asked),
-        queries_answered=int(thefts.decoded.sum()),
+        queries_answered=int(thefts.decoded.sum()), live_queries=plan.live_queries,
         budgets=plan.budgets, honest_clips=len(honest), honest_accounts=len(accounts),
     )  # fmt: skip
     result: dict = dict(about=about, plan=planned, innocent=dict(agreement=report.find_baseline(cells)), tables=tables)
@@ -306,7 +356,8 @@ def list_untested(scale: Scale, plan: Plan) -> list[str]:
     defences = [name for name in most.defences if name not in {cell.defence for cell in plan.cells}]
     strengths = [f"{s:g}" for s in most.strengths if s not in scale.strengths]
     found = {"answer types": answers, "defences": defences, "honest L1 of defences": strengths}
-    return [f"{what}: {', '.join(names)}" for what, names in found.items() if names]
+    lines = [f"{what}: {', '.join(names)}" for what, names in found.items() if names]
+    return lines + ([] if plan.live_queries else ["data-free attacks and crafted queries (--live-budget)"])
 
 
 def say_cell(number: int, total: int, cell: Cell, result: dict) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from extraction.attacks.losses import answers_to_targets
 from extraction.audit.attackers import average_views, keep_agreeing, keep_sure, take_top1, undo
+from extraction.audit.live import Live
 from extraction.audit.plan import ANSWERS, DAWN_RATE, Cell
 from extraction.audit.recording import Recording, Views
 from extraction.audit.students import Recipe, train_student
@@ -80,6 +81,7 @@ class Bench:
     recipe: Recipe
     evaluator: Evaluator
     key: bytes
+    live: Live
 
     def triggers(self) -> tuple[list[int], Tensor]:
         """The views of `order` whose answers carry the watermark, and its labels, int64."""
@@ -147,9 +149,15 @@ class Bench:
         reason = "" if cell.strength is None else self.fits[cell.defence or "", cell.strength].reason
         if reason:
             result |= dict(status="not possible", reason=reason, scores={})
+        elif cell.group == "live":
+            begin = time.monotonic()
+            result |= self.live.run(cell)
+            result["seconds"] = round(time.monotonic() - begin, 1)
         else:
             result |= self._score(cell, done, desc)
         write_text(path, json.dumps(result, indent=1) + "\n")
+        if cell.group == "live":
+            self.live.forget(cell)
         return result
 
     def _score(self, cell: Cell, done: dict[str, dict], desc: str) -> dict[str, Any]:

@@ -85,6 +85,24 @@ TABLES: dict[str, Table] = {
             ("remark", lambda row: row["reason"] or "-"),
         ],
     ),
+    "live": Table(
+        "Attacks that make their queries",
+        "Run live against the query interface, each with a meter of its own. Data-free: a generator makes the clips and "
+        "follows finite differences of the answers. Crafted: own views, and as many moved along the student's gradients. Gain: "
+        "over as many queries from a generator that never learns, or of own views alone. Slopes kept: the cosine of finite "
+        "differences with exact ones, at the attack's step and at ten times that; 1 is all, 0 nothing.",
+        [
+            ("wire, answers, attack", lambda row: row["row"]),
+            ("queries", lambda row: "-" if row["queries"] is None else str(row["queries"])),
+            ("agreement@1, %", lambda row: percent(row["agreement"])),
+            ("95 % interval by video", lambda row: percent_range(row["interval"])),
+            ("top-1, %", lambda row: percent(row["top1"])),
+            ("gain over the control, points", lambda row: percent(row["gain"])),
+            ("slopes kept", lambda row: _number(row["slopes"][0]["kept"] if row["slopes"] else None)),
+            ("with steps ten times as large", lambda row: _number(row["slopes"][1]["kept"] if row["slopes"] else None)),
+            ("remark", lambda row: row["reason"] or "-"),
+        ],
+    ),
     "detectors": Table(
         "Detectors against thieves",
         "One account of a thief. Queries to the alarm: the median of random orders. Agreement by then is read off the clone's "

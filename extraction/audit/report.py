@@ -9,14 +9,14 @@ from statistics import mean, stdev
 from typing import Any
 
 from extraction.audit.curves import Reached, agreement_at, average_seeds, queries_to
+from extraction.audit.plan import CONTROLS
 from extraction.evaluation.plots import draw_budgets, draw_trade_off
 from extraction.evaluation.results import percent
 from extraction.weights import write_text
 
 LEVELS = (0.5, 0.7, 0.9)
 NOT_TESTED = (
-    "data-free and crafted attacks (black_box/, grey_box/swin_to_r21_prada.py), live behind each defence",
-    "zeroth-order attacks with larger steps behind rounding or a compressed wire",
+    "other attacks that ask what follows from answers: DFME, DisGUIDE, conditional generators, embedding search (black_box/)",
     "recovery by a trained network (D-DAE), and recovery that does not know which defence it meets",
     "students of other architectures than --student, and students with published weights where --student-weights is None",
     "answers that change after a detector's alarm (--defence-after): the detectors' table says when that would be",
@@ -98,6 +98,24 @@ def tabulate_defences(cells: Sequence[dict], fits: Mapping[tuple[str, float], An
                 row=f"{defence} {strength:g}", defence=defence, strength=strength, parameter=fit.parameter, reason=fit.reason,
                 honest={name: value for name, value in fit.cost.items() if name != "ms"}, clones=clones, worst_attacker=worst,
                 worst=clones[worst] if worst else None, label=label,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def tabulate_live(cells: Sequence[dict]) -> list[dict]:
+    """A row for each live attack: its clone, the gain over its control, and what is left of finite differences."""
+    rows, own = [], [cell for cell in cells if cell["group"] == "live"]
+    without = {cell["attacker"]: cell["scores"]["agreement_at_1"] for cell in own if cell["attacker"] in CONTROLS.values()}
+    for cell in own:
+        agreement, control = cell["scores"].get("agreement_at_1"), without.get(CONTROLS.get(cell["attacker"], ""))
+        rows.append(
+            dict(
+                row=cell["row"], attack=cell["attacker"], wire=cell["wire"], answers=cell["answers"], defence=cell["defence"],
+                strength=cell["strength"], queries=cell.get("num_queries"), budget=cell["budget"], agreement=agreement,
+                interval=cell["scores"].get("intervals", {}).get("agreement_at_1"), top1=cell["scores"].get("top1"),
+                gain=None if agreement is None or control is None else agreement - control, slopes=cell.get("slopes", []),
+                reason=cell.get("reason", ""),
             )
         )  # fmt: skip
     return rows
