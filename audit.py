@@ -28,8 +28,15 @@ from torch import Tensor
 from extraction import distributed, options
 from extraction.attacks.data_free import METHODS
 from extraction.audit import page, report, traffic
-from extraction.audit.alarms import fit_detectors, list_thefts, report_false_alarms, report_thefts
-from extraction.audit.cells import Bench, Fit, fit_to_honest
+from extraction.audit.alarms import (
+    find_alarms,
+    fit_detectors,
+    list_thefts,
+    report_false_alarms,
+    report_responses,
+    report_thefts,
+)
+from extraction.audit.cells import Bench, Fit, fit_to_honest, replay
 from extraction.audit.live import Estimate, Live
 from extraction.audit.plan import SCALES, Cell, Plan, Prices, Scale, estimate_seconds, list_live_wires, plan_cells
 from extraction.audit.recording import Recording, Views, record
@@ -259,11 +266,22 @@ def main(config: Config, run: Run) -> dict:
     labels = torch.tensor([ref.label for ref in evaluator.clips.refs])
     fits: dict[tuple[str, float], Fit] = {}
     for cell in plan.cells:
-        if cell.group == "defences" and cell.defence and cell.strength and (cell.defence, cell.strength) not in fits:
+        if (
+            cell.group in ("defences", "alarms")
+            and cell.defence
+            and cell.strength
+            and (cell.defence, cell.strength) not in fits
+        ):
             fit = fit_to_honest(cell.defence, cell.strength, to_fit, others, val, labels, key)
             fits[cell.defence, cell.strength] = fit
             cost = f"not possible: {fit.reason}" if fit.reason else f"honest L1 {fit.cost['l1']:.3f} measured"
             print(f"{cell.defence} at {cell.strength:g}: {cost}", flush=True)
+
+    # Detectors.
+    fitted = fit_detectors(accounts, streams)
+    asked_place = {view: k for k, view in enumerate(asked)}
+    all_places, one_places = ([asked_place[view] for view in chosen] for chosen in (order, one_order))
+    naive = Stream(thefts.thumbnails[all_places], thefts.probs[all_places])
 
     # The cells.
     folder = run.folder / "cells"
@@ -283,7 +301,7 @@ def main(config: Config, run: Run) -> dict:
     )  # fmt: skip
     bench = Bench(
         folder=folder, views=views, asked=asked, recording=thefts, order=order, one_order=one_order, fits=fits, create=create,
-        recipe=recipe, evaluator=evaluator, key=key, live=live,
+        recipe=recipe, evaluator=evaluator, key=key, live=live, alarms=find_alarms(fitted, naive),
     )  # fmt: skip
     done: dict[str, dict] = {}
     with run.interruptible():
@@ -294,22 +312,23 @@ def main(config: Config, run: Run) -> dict:
                 raise KeyboardInterrupt(f"{number} cells are in {run.folder}; run the same command again to continue")
     cells = list(done.values())
 
-    # Detectors.
-    fitted = fit_detectors(accounts, streams)
+    # The report.
     unlike = [k for k in clips_of(True) if k not in set(clips_of(False))]
     similar = Stream(footage.thumbnails[unlike], footage.probs[unlike])
-    asked_place = {view: k for k, view in enumerate(asked)}
     rows = {"all": next(c.row for c in plan.cells if c.group == "answers" and c.answers == plan_answers(plan)), "one": ""}
     rows["one"] = next(cell.row for cell in plan.cells if cell.group == "views")
-    watched = list_thefts(
-        thefts.thumbnails, thefts.probs, [asked_place[view] for view in order], [asked_place[view] for view in one_order],
-        similar, rows,
-    )  # fmt: skip
+    watched = list_thefts(thefts.thumbnails, thefts.probs, all_places, one_places, similar, rows)
+
+    def respond(name: str, stream: Stream) -> torch.Tensor:
+        fit = next((fit for (defence, _), fit in fits.items() if defence == name), None)
+        return replay(name, 0.0 if fit is None else fit.parameter or 0.0, stream, key)
+
     tables = dict(
         answers=report.tabulate_answers(cells, config.price_per_1000),
         defences=report.tabulate_defences(cells, fits),
         live=report.tabulate_live(cells),
         detectors=report_thefts(fitted, watched, report.make_agreement(cells), plan.budgets[-1]),
+        responses=report_responses(cells, fitted, accounts, streams, bench.alarms, respond),
         false_alarms=report_false_alarms(fitted, accounts, streams),
         ownership=say_ownership(bench, cells),
     )

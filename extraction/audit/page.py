@@ -121,6 +121,26 @@ TABLES: dict[str, Table] = {
             ("queries in all", lambda row: str(row["queries_in_all"])),
         ],
     ),
+    "responses": Table(
+        "Answers after an alarm",
+        "One account of a naive thief: true answers before the alarm, changed ones from it. He may train on all, or on those "
+        "before the alarm alone, the better of which is the worst for the owner. Honest users pay by false alarms: shares of "
+        "all queries of the honest accounts that no threshold was fitted to; a query without an answer has lost its top class.",
+        [
+            ("detector, response", lambda row: row["row"]),
+            (
+                "queries to the alarm",
+                lambda row: "no alarm" if row["queries_to_alarm"] is None else str(row["queries_to_alarm"]),
+            ),
+            ("clone of all answers, %", lambda row: percent(row["clone"])),
+            ("of those before, %", lambda row: percent(row["before"])),
+            ("worst, %", lambda row: percent(row["worst"])),
+            ("honest accounts alarmed", lambda row: f"{row['alarmed']} of {row['accounts']}"),
+            ("honest answers changed, %", lambda row: percent(row["changed"])),
+            ("honest top classes lost, %", lambda row: percent(row["flips"])),
+            ("honest L1, mean", lambda row: _number(row["l1"], 3)),
+        ],
+    ),
     "false_alarms": Table(
         "False alarms",
         "Honest accounts that no threshold was fitted to. Upper bound: 95 %, one-sided (Clopper and Pearson), for accounts "

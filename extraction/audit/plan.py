@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from extraction.errors import UserError
 from extraction.victims.defences import DEFENCES, check_defence
+from extraction.victims.detectors import DETECTORS
 
 # Answer types: what a service may show, the least of it last. `logits` say what `probs` do: softmax, which training takes.
 ANSWERS: dict[str, tuple[str, int | None]] = {
@@ -24,6 +25,8 @@ DATA_FREE, LARGER, AT_REST = "data-free", "data-free, larger steps", "data-free,
 CRAFTED, OWN_VIEWS = "crafted queries", "own views alone"
 CONTROLS = {DATA_FREE: AT_REST, LARGER: AT_REST, CRAFTED: OWN_VIEWS}
 LIVE_DEFENCES = ("modelguard_w", "misinformation")  # the strongest without a state: one keeps the top class, one lies
+RESPONSES = ("label", "misinformation", "lie")  # what an account gets after a detector's alarm; nothing is one too
+BEFORE = "answers before the alarm"  # the attacker who trains on these alone: all that there is where nothing follows
 STUDENT_STEPS = 5  # on fresh clips, in an iteration of the data-free attack
 
 
@@ -41,12 +44,13 @@ class Scale(NamedTuple):
     num_accounts: int  # of each honest profile
     account_queries: tuple[int, int]  # the least and the most of an honest account
     live_budget: int  # the most queries of each attack that runs live
+    responses: tuple[str, ...] = RESPONSES
 
 
 SCALES = {
     "quick": Scale(
         ("logits", "probs", "1 decimal", "label"), ("noise", "reverse_sigmoid", "modelguard_w", "misinformation"),
-        (0.3,), 3, 0.5, 0.33, 1, 3, 8, (50, 250), 1280,
+        (0.3,), 3, 0.5, 0.33, 1, 3, 8, (50, 250), 1280, ("label", "misinformation"),
     ),
     "default": Scale(
         tuple(ANSWERS), ("noise", "reverse_sigmoid", "mad", "mad_argmax", "modelguard_w", "modelguard_s", "misinformation"),
@@ -54,7 +58,7 @@ SCALES = {
     ),
     "thorough": Scale(
         tuple(ANSWERS), ("noise", "reverse_sigmoid", "mad", "mad_argmax", "modelguard_w", "modelguard_s", "misinformation"),
-        (0.1, 0.3, 0.6), 5, 1.0, 1.0, 3, 20, 40, (50, 2000), 12_800,
+        (0.1, 0.3, 0.6), 5, 1.0, 1.0, 3, 20, 40, (50, 2000), 10_240,
     ),
 }  # fmt: skip
 
@@ -63,7 +67,7 @@ SCALES = {
 class Cell:
     """A student to be trained and scored: the answers it learns from, and what the attacker makes of them."""
 
-    group: str  # the table that it belongs to: answers, defences, views, ownership, innocent, live
+    group: str  # the table that it belongs to: answers, defences, alarms, views, ownership, innocent, live
     answers: str = "probs"  # of `ANSWERS`
     defence: str | None = None
     strength: float | None = None  # mean L1 that the defence costs honest users
@@ -73,16 +77,18 @@ class Cell:
     seed: int = 0
     same_as: str | None = None  # the name of a cell with the same answers and seed, whose student this is
     wire: str | None = None  # of a live attack; None: the audit's
+    detector: str | None = None  # after whose alarm the defence begins
 
     @property
     def row(self) -> str:
         """The name of its row: the same for every budget and seed."""
         defence = [] if self.defence is None else [self.defence + ("" if self.strength is None else f" {self.strength:g}")]
+        after = [] if self.detector is None else [f"after {self.detector}"]
         views = ["one view a clip"] if self.views == "one" else []
         watermark = ["watermarked"] if self.group == "ownership" else []
         return "labels alone" if self.group == "innocent" else ", ".join(
             [
-                self.answers, *([] if self.wire is None else [self.wire]), *watermark, *defence, *views,
+                self.answers, *([] if self.wire is None else [self.wire]), *watermark, *defence, *after, *views,
                 *([] if self.attacker == "naive" else [self.attacker]),
             ]
         )  # fmt: skip
@@ -106,8 +112,8 @@ class Plan(NamedTuple):
 
     @property
     def num_students(self) -> int:
-        """Students to be trained on recorded answers: cells with the same ones share one."""
-        return sum(cell.same_as is None for cell in self.cells if cell.group != "live")
+        """Students to be trained on recorded answers at most: cells with the same ones share one."""
+        return sum(cell.same_as is None or cell.group == "alarms" for cell in self.cells if cell.group != "live")
 
     @property
     def live_queries(self) -> int:
@@ -131,8 +137,8 @@ def plan_cells(
     scale: Scale, num_clips: int, views_per_clip: int, most: int | None, batch_size: int, epochs: int, answers: Sequence[str],
     defences: Sequence[str], wire: str = "float", num_directions: int = 1,
 ) -> Plan:  # fmt: skip
-    """All cells of an audit: each answer type at each budget, each defence with each attacker, ownership, innocent students,
-    live attacks.
+    """All cells of an audit: each answer type at each budget, each defence with each attacker, answers after alarms, ownership,
+    innocent students, live attacks.
 
     `answers` and `defences` narrow the scale's down, if any are named. Data-free attacks ask along `num_directions`; `wire` is
     the audit's, by its full name. Raises UserError for a name that is none, for a defence
@@ -175,17 +181,37 @@ def plan_cells(
             for attacker in list_attackers(name, shown, views_per_clip):
                 same = label if attacker == "top-1" and not DEFENCES[name].lies else None
                 cells.append(replace(base, attacker=attacker, same_as=same))
+    middle = scale.strengths[len(scale.strengths) // 2]
+    cells += plan_alarms(shown, scale.responses, middle, largest)
     one_view = min(num_clips, largest)
     cells.append(Cell(group="views", answers=shown, views="one", budget=one_view))
     for attacker in ("naive", "top-1", *(["agreeing views"] if views_per_clip > 1 else [])):
         cells.append(Cell(group="ownership", answers=shown, defence="dawn", attacker=attacker, budget=largest))
     cells += [Cell(group="innocent", answers="label", seed=1000 + k) for k in range(scale.num_nulls)]
-    behind = [(name, scale.strengths[len(scale.strengths) // 2]) for name in LIVE_DEFENCES if name in chosen]
+    behind = [(name, middle) for name in LIVE_DEFENCES if name in chosen]
     coarse = ["1 decimal"] if shown == "probs" and "1 decimal" in types else []
     live_budget = scale.live_budget if most is None else min(scale.live_budget, most)
     cells += plan_live(shown, coarse, behind, wire, live_budget, batch_size, num_directions)
     recipe_clips = max(batch_size, round(scale.passes * epochs * num_clips))
     return Plan(cells, budgets, one_view, recipe_clips)
+
+
+def plan_alarms(shown: str, responses: Sequence[str], strength: float, budget: int) -> list[Cell]:
+    """For each detector a clone of the answers before its alarm, and one of all for each response that changes what is shown.
+
+    Where there is no alarm it is the undefended clone, `same_as`. `strength` is that of misinformation.
+    """
+    undefended = Cell(group="answers", answers=shown, budget=budget)
+    base = replace(undefended, group="alarms", same_as=undefended.name)
+    found = []
+    for detector in DETECTORS:
+        found.append(replace(base, detector=detector, attacker=BEFORE))
+        for name in responses:
+            if shown != "label" or DEFENCES[name].lies:
+                found.append(
+                    replace(base, detector=detector, defence=name, strength=None if DEFENCES[name].most is None else strength)
+                )
+    return found
 
 
 def count_iteration(batch_size: int, num_directions: int) -> int:

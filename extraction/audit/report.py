@@ -19,7 +19,7 @@ NOT_TESTED = (
     "other attacks that ask what follows from answers: DFME, DisGUIDE, conditional generators, embedding search (black_box/)",
     "recovery by a trained network (D-DAE), and recovery that does not know which defence it meets",
     "students of other architectures than --student, and students with published weights where --student-weights is None",
-    "answers that change after a detector's alarm (--defence-after): the detectors' table says when that would be",
+    "answers that change after an alarm for a thief with several accounts, or a diluted one: the detectors' table has alarms",
     "several accounts of a thief recognised as one",
     "matching on naturally conferrable clips, and dataset inference",
     "a victim trained anew (ensembles, misinformation with outlier exposure, entangled watermarks)",
