@@ -323,6 +323,10 @@ def main(config: Config, run: Run) -> dict:
         fit = next((fit for (defence, _), fit in fits.items() if defence == name), None)
         return replay(name, 0.0 if fit is None else fit.parameter or 0.0, stream, key)
 
+    refs = evaluator.clips.refs
+    conferred, unconferred = report.tabulate_conferred(
+        cells, val.logits.argmax(1), labels, torch.tensor([ref.video for ref in refs])
+    )
     tables = dict(
         answers=report.tabulate_answers(cells, config.price_per_1000),
         defences=report.tabulate_defences(cells, fits),
@@ -331,6 +335,7 @@ def main(config: Config, run: Run) -> dict:
         responses=report_responses(cells, fitted, accounts, streams, bench.alarms, respond),
         false_alarms=report_false_alarms(fitted, accounts, streams),
         ownership=say_ownership(bench, cells),
+        conferred=conferred,
     )
     confidence = footage.probs[footage.decoded].amax(1)
     about = dict(
@@ -349,13 +354,14 @@ def main(config: Config, run: Run) -> dict:
     result["not_tested"] = [
         *(f"{d.name}: {d.reason}" for d in fitted if d.constants is None), *list_untested(scale, plan),
         *([] if tables["ownership"] else [f"ownership: none of {len(order)} answers was chosen to carry a watermark"]),
-        *report.NOT_TESTED,
+        *unconferred, *report.NOT_TESTED,
     ]  # fmt: skip
     result["verdict"] = report.write_verdict(result, config.price_per_1000)
-    result["cells"] = [{name: value for name, value in cell.items() if name != "seconds"} for cell in cells]
+    result["review"] = report.review(result)
+    result["cells"] = [{name: value for name, value in cell.items() if name not in ("seconds", "on_val")} for cell in cells]
     result["times"] = dict(
         seconds_since_last_start=round(run.seconds, 1), planned=round(seconds, 1),
-        cells={cell["name"]: cell["seconds"] for cell in cells},
+        cells={cell["name"]: cell["seconds"] for cell in cells if cell["scores"]},
         defence_ms={f"{name} {strength:g}": fit.cost.get("ms") for (name, strength), fit in fits.items()},
         queries_asked_now=num_queries,
     )  # fmt: skip
@@ -391,7 +397,7 @@ def say_cell(number: int, total: int, cell: Cell, result: dict) -> None:
 def write_report(folder: Path, result: dict, cells: list[dict]) -> None:
     """Write all files of the report, report.json last."""
     pictures = report.draw_figures(folder, result, cells)
-    report.write_tables(folder, result["tables"] | {"cells": result["cells"]})
+    report.write_tables(folder, result["tables"] | {"cells": result["cells"], "review": result["review"]})
     files = {
         "report.md": page.to_markdown(result, pictures),
         "report.html": page.to_html(result, pictures, folder),

@@ -190,6 +190,8 @@ class Bench:
             num_queries=cell.budget, num_trained_on=len(views), digest=digest.hexdigest(), same_as=None
         )
         result["scores"] = self.evaluator.score(student) | self.evaluator.summarise(student)
+        if cell.group in ("innocent", "suspects") or (cell.group == "answers" and cell.budget == len(self.order)):
+            result["on_val"] = self.evaluator.top_classes.tolist()
         if cell.group in ("ownership", "innocent"):
             result["on_triggers"] = self._predict_triggers(student)
         return result | dict(seconds=round(time.monotonic() - begin, 1))

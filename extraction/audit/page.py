@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from extraction.audit.report import LEVELS
+from extraction.audit.report import CLAIM, LEVELS
 from extraction.evaluation.results import percent, percent_range
 
 Column = tuple[str, Callable[[Mapping[str, Any]], str]]
@@ -162,11 +162,42 @@ TABLES: dict[str, Table] = {
             ("repeated, %", lambda row: percent(row["repeated"])),
             ("innocent students, at most, %", lambda row: percent(row["null"])),
             ("p", lambda row: f"{row['p']:.2g}"),
-            ("claimed at 0.001", lambda row: "yes" if row["p"] < 1e-3 else "no"),
+            ("claimed at 0.001", lambda row: "yes" if row["p"] < CLAIM else "no"),
+            ("agreement@1, %", lambda row: percent(row["agreement"])),
+        ],
+    ),
+    "conferred": Table(
+        "Ownership without a watermark",
+        "Held-out clips, one a video, on which clones answer as the victim does and innocent students do not. They are chosen "
+        "by clones of one seed and half of the innocent students, what innocent ones repeat is measured on every second clip, "
+        "and suspects are a clone of another seed and the other students on the other clips. Where the victim is right, a "
+        "suspect that is merely better at the task agrees too: its mistakes say more. False claims: of the innocent students "
+        "tested, with the upper 95 % bound (Clopper and Pearson).",
+        [
+            ("clips, suspect", lambda row: row["row"]),
+            ("clips", lambda row: str(row["clips"])),
+            ("as the victim, %", lambda row: percent(row["repeated"])),
+            ("innocent students, at most, %", lambda row: percent(row["null"])),
+            ("p", lambda row: f"{row['p']:.2g}"),
+            ("claimed at 0.001", lambda row: "yes" if row["p"] < CLAIM else "no"),
+            ("false claims", lambda row: f"{row['false_claims']} of {row['innocents']} (≤ {percent(row['upper'])} %)"),
             ("agreement@1, %", lambda row: percent(row["agreement"])),
         ],
     ),
 }
+
+REVIEW = Table(
+    "What a security reviewer asks",
+    "The findings of this run by the requirements that they speak to: OWASP AISVS 1.0 (11.2.2 limits, 11.3.1 detection, 11.3.2 "
+    "outputs, 11.3.3 watermarks and fingerprints, 11.3.4 response), MITRE ATLAS and NIST AI 100-2. A question that this run "
+    "has no numbers for is left out; whether an answer is good enough is the owner's to say.",
+    [
+        ("question", lambda row: row["row"]),
+        ("reference", lambda row: row["references"]),
+        ("what the numbers say", lambda row: row["answer"]),
+        ("rests on", lambda row: f"{TABLES[row['table']].title}: {row['rests_on']}"),
+    ],
+)
 
 
 def _list_cells(report: Mapping[str, Any]) -> Table:
@@ -214,7 +245,7 @@ def to_markdown(report: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
         lines.append(f"- {sentence['text']} [{TABLES[sentence['table']].title}: {sentence['row']}]")
     lines += ["", "| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in _list_facts(report)), ""]
     tables = [(TABLES[name], rows) for name, rows in report["tables"].items()]
-    for table, rows in [*tables, (_list_cells(report), report["cells"])]:
+    for table, rows in [(REVIEW, report["review"]), *tables, (_list_cells(report), report["cells"])]:
         lines += [f"## {table.title}", "", table.caption, ""]
         if not rows:
             lines += ["No row.", ""]
@@ -262,6 +293,7 @@ def to_html(report: Mapping[str, Any], pictures: Mapping[str, str], folder: str 
 <section id="verdict"><h2>Verdict</h2><ul>{verdict}</ul></section>
 <section id="about"><h2>What was audited</h2><div class="scroll" tabindex="0" role="region" aria-label="What was audited">
 <table><caption>Victim, traffic and settings</caption>{facts}</table></div></section>
+<section id="review"><h2>{REVIEW.title}</h2>{_to_html_table("review", REVIEW, report["review"])}</section>
 {"".join(sections)}
 <section id="appendix"><h2>Appendix</h2><h3>Not tested</h3><ul>{missing}</ul>
 <h3>Command</h3><pre tabindex="0">{escape(about["command"])}</pre>

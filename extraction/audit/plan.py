@@ -67,7 +67,7 @@ SCALES = {
 class Cell:
     """A student to be trained and scored: the answers it learns from, and what the attacker makes of them."""
 
-    group: str  # the table that it belongs to: answers, defences, alarms, views, ownership, innocent, live
+    group: str  # the table that it belongs to: answers, defences, alarms, views, ownership, suspects, innocent, live
     answers: str = "probs"  # of `ANSWERS`
     defence: str | None = None
     strength: float | None = None  # mean L1 that the defence costs honest users
@@ -187,6 +187,10 @@ def plan_cells(
     cells.append(Cell(group="views", answers=shown, views="one", budget=one_view))
     for attacker in ("naive", "top-1", *(["agreeing views"] if views_per_clip > 1 else [])):
         cells.append(Cell(group="ownership", answers=shown, defence="dawn", attacker=attacker, budget=largest))
+    # Clones of another seed than those by which conferred clips are chosen: the same first weights would make them alike.
+    suspects = [Cell(group="answers", answers=kind, budget=largest, seed=1) for kind in dict.fromkeys((shown, "label"))]
+    known = {cell.name for cell in cells}
+    cells += [replace(cell, group="suspects", same_as=cell.name if cell.name in known else None) for cell in suspects]
     cells += [Cell(group="innocent", answers="label", seed=1000 + k) for k in range(scale.num_nulls)]
     behind = [(name, middle) for name in LIVE_DEFENCES if name in chosen]
     coarse = ["1 decimal"] if shown == "probs" and "1 decimal" in types else []

@@ -1,5 +1,7 @@
 """Students of an audit: trained on recorded answers, scored on held-out clips. One short job each."""
 
+import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -50,7 +52,19 @@ def train_student(
         batches += [shuffled[i : i + size] for i in range(0, len(chosen) - size + 1, size)]
     batches = batches[: max(1, recipe.num_clips // size)]
     place, answered = {view: k for k, view in enumerate(chosen)}, targets.sum(1) > 0
-    recent: list[float] = []
+    losses: deque[float] = deque(maxlen=100)
+    # A GPU is waited for once an epoch alone; on a CPU reading is free.
+    unread: list[Tensor] = []
+    per_read = 1 if views.device.type == "cpu" else max(1, len(chosen) // size)
+
+    def read_losses() -> None:
+        for value in torch.stack(unread).tolist() if unread else []:
+            if not math.isfinite(value):
+                raise UserError(f"{desc}: the loss became {value}; lower --head-lr and --body-lr")
+            losses.append(value)
+            schedule.step(sum(losses) / len(losses))
+        unread.clear()
+
     with tqdm(total=len(batches), desc=desc, unit="step", leave=False, dynamic_ncols=True) as bar:
         for found, clips in views.load([[chosen[k] for k in batch] for batch in batches]):
             rows = torch.tensor([place[view] for view in found])
@@ -62,9 +76,9 @@ def train_student(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            recent = [*recent[-99:], loss.item()]
-            if not torch.isfinite(loss):
-                raise UserError(f"{desc}: the loss became {loss.item()}; lower --head-lr and --body-lr")
-            schedule.step(sum(recent) / len(recent))
+            unread.append(loss.detach())
+            if len(unread) == per_read:
+                read_losses()
             bar.update()
+    read_losses()
     return student.eval()

@@ -15,7 +15,7 @@ from extraction.errors import UserError
 from extraction.victims.query_interface import Victim
 from tests.metered import put_meter, read_meter
 
-TINY = Scale(("logits", "probs", "label"), ("noise", "reverse_sigmoid"), (0.3,), 2, 0.5, 0.1, 1, 2, 2, (8, 16), 64)
+TINY = Scale(("logits", "probs", "label"), ("noise", "reverse_sigmoid"), (0.3,), 2, 0.5, 0.1, 1, 3, 2, (8, 16), 64)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,9 @@ def test_the_report_has_every_cell_and_its_verdict_names_rows_that_are_there(fin
     for sentence in result["verdict"]:
         assert sentence["row"] in [row["row"] for row in result["tables"][sentence["table"]]]
         assert sentence["text"] in markdown
+    for row in result["review"]:
+        assert row["rests_on"] in [each["row"] for each in result["tables"][row["table"]]]
+        assert row["answer"] in markdown
     assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", html)
     assert [row["row"] for row in result["tables"]["ownership"]][:3] == ["clone", "clone of labels", "cleaned clone"]
     for name in result["tables"]:
