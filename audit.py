@@ -302,6 +302,7 @@ def main(config: Config, run: Run) -> dict:
     bench = Bench(
         folder=folder, views=views, asked=asked, recording=thefts, order=order, one_order=one_order, fits=fits, create=create,
         recipe=recipe, evaluator=evaluator, key=key, live=live, alarms=find_alarms(fitted, naive),
+        checkpoint_seconds=config.checkpoint_seconds, stop_asked=lambda: run.stop_asked,
     )  # fmt: skip
     done: dict[str, dict] = {}
     with run.interruptible():

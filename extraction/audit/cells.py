@@ -16,7 +16,7 @@ from extraction.audit.attackers import average_views, keep_agreeing, keep_sure, 
 from extraction.audit.live import Live
 from extraction.audit.plan import ANSWERS, DAWN_RATE, Cell
 from extraction.audit.recording import Recording, Views
-from extraction.audit.students import Recipe, train_student
+from extraction.audit.students import Checkpoints, Recipe, train_student
 from extraction.errors import UserError, printable
 from extraction.evaluation.scoring import Evaluator, score
 from extraction.students import Student
@@ -83,6 +83,8 @@ class Bench:
     evaluator: Evaluator
     key: bytes
     live: Live
+    checkpoint_seconds: float
+    stop_asked: Callable[[], bool]  # whether to save and stop
     alarms: Mapping[str, int | None]  # the query of `order`, from 0, at which each detector raises its alarm; None: at none
 
     def triggers(self) -> tuple[list[int], Tensor]:
@@ -174,7 +176,12 @@ class Bench:
         write_text(path, json.dumps(result, indent=1) + "\n")
         if cell.group == "live":
             self.live.forget(cell)
+        elif "digest" in result:
+            self._checkpoint(cell, result["digest"]).unlink(missing_ok=True)
         return result
+
+    def _checkpoint(self, cell: Cell, digest: str) -> Path:
+        return self.folder / f"{cell.name}-{digest}.pt"
 
     def _score(self, cell: Cell, done: dict[str, dict], desc: str) -> dict[str, Any]:
         begin = time.monotonic()
@@ -185,7 +192,9 @@ class Bench:
         # A defence may change a top class where none is well ahead; then this is a student of its own after all.
         if other is not None and (cell.answers == "logits" or digest.hexdigest() == other["digest"]):
             return other | cell.to_dict() | dict(seconds=0.0)
-        student = train_student(self.create, self.views, views, targets, labels, self.recipe, cell.seed, desc)
+        # Named by what it learns from, so that no other student goes on from it.
+        checkpoints = Checkpoints(self._checkpoint(cell, digest.hexdigest()), self.checkpoint_seconds, self.stop_asked)
+        student = train_student(self.create, self.views, views, targets, labels, self.recipe, cell.seed, desc, checkpoints)
         result: dict[str, Any] = dict(
             num_queries=cell.budget, num_trained_on=len(views), digest=digest.hexdigest(), same_as=None
         )

@@ -114,7 +114,9 @@ def test_a_response_costs_honest_users_what_follows_false_alarms_and_its_thief_t
 def test_answers_are_true_until_the_alarm_and_then_changed(alarm, defence, changed):
     logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     recording = Recording(logits, torch.zeros(6, 3, 4, 8, 8, dtype=torch.uint8), torch.ones(6, dtype=torch.bool))
-    nothing: dict = dict.fromkeys(("folder", "views", "asked", "one_order", "create", "recipe", "evaluator", "live"))
+    nothing: dict = dict.fromkeys(
+        ("folder", "views", "asked", "one_order", "create", "recipe", "evaluator", "live", "checkpoint_seconds", "stop_asked")
+    )
     bench = Bench(**nothing, recording=recording, order=list(range(6)), fits={}, key=b"k", alarms=dict(quota=alarm))
     cell = Cell(group="alarms", detector="quota", defence=defence, budget=6)
     views, seen, answers = bench._answer_until_alarm(cell, list(range(6)), recording)
