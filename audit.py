@@ -15,19 +15,30 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 
 from extraction import distributed, options
+from extraction.attacks.data_free import METHODS
 from extraction.audit import page, report, traffic
-from extraction.audit.alarms import fit_detectors, list_thefts, report_false_alarms, report_thefts
-from extraction.audit.cells import Bench, Fit, fit_to_honest
-from extraction.audit.plan import SCALES, Cell, Plan, Prices, Scale, estimate_seconds, plan_cells
+from extraction.audit.alarms import (
+    find_alarms,
+    fit_detectors,
+    list_thefts,
+    report_false_alarms,
+    report_responses,
+    report_thefts,
+)
+from extraction.audit.cells import Bench, Fit, fit_to_honest, replay
+from extraction.audit.live import Estimate, Live
+from extraction.audit.plan import SCALES, Cell, Plan, Prices, Scale, estimate_seconds, list_live_wires, plan_cells
 from extraction.audit.recording import Recording, Views, record
 from extraction.audit.students import Recipe
 from extraction.compute import Compute
@@ -37,18 +48,20 @@ from extraction.data.folders import find_aux_videos, find_videos, require_folder
 from extraction.data.queries import QuerySet
 from extraction.errors import UserError, printable
 from extraction.experiment import experiment, open_audit, run_script
+from extraction.generators import create_generator
 from extraction.runs import Run, current_commit
-from extraction.students import create_student
+from extraction.students import Student, create_student
 from extraction.victims.detectors import Stream
 from extraction.victims.ownership import verify
 from extraction.victims.query_interface import Victim, VictimModel
-from extraction.victims.wire import name_wire
+from extraction.victims.wire import name_wire, send
 from extraction.weights import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(
-    options.Options, options.InDomainOptions, options.VideoOptions, options.QueryOptions, options.ScoredVictimOptions
+    options.Options, options.InDomainOptions, options.VideoOptions, options.QueryOptions, options.ScoredVictimOptions,
+    options.GeneratorOptions,
 ):  # fmt: skip
     victim: str = "swin_b_k400"
     student: str = "r2plus1d_34"
@@ -72,6 +85,8 @@ class Config(
     """Honest accounts of each profile; by default the scale's."""
     query_budget: options.Natural | None = None
     """The thief's largest budget; by default the scale's share of all views."""
+    live_budget: options.Natural | None = None
+    """The most queries of each data-free or crafted attack, which run live; by default the scale's; 0: none is run."""
     wire: str | None = None
     """How clips reach the victim: float, uint8, or h264 or h264:CRF, encoded and decoded again; None: as floats."""
     views_per_clip: options.Count | None = 4
@@ -83,11 +98,15 @@ class Config(
     body_lr: float = 3e-6
     label_weight: options.Rate = 10.0
     """Weight of the true-label loss next to the victim's, per clip."""
+    num_directions: options.Count | None = 10
+    """Random directions per gradient estimate (m) of the data-free attack."""
+    generator_lr: options.Rate = 1e-5
 
 
 DEMO = options.IN_DOMAIN_DEMO | dict(
     victim="demo_swin", student="r2plus1d_tiny", epochs=9, head_lr=1.5e-3, body_lr=1.5e-3, label_weight=1.0,
     val="datasets/demo_unseen/val", traffic=("datasets/demo/traffic", "datasets/demo/cameras"),
+    generator="layered", num_directions=2, epsilon=0.03, generator_lr=3e-4,
 )  # fmt: skip
 
 
@@ -97,11 +116,16 @@ def choose_scale(config: Config) -> tuple[str, Scale]:
         raise UserError("--quick and --thorough: choose one")
     name = "quick" if config.quick else "thorough" if config.thorough else "default"
     scale = SCALES[name]
-    return name, scale if config.accounts is None else scale._replace(num_accounts=config.accounts)
+    scale = scale if config.accounts is None else scale._replace(num_accounts=config.accounts)
+    return name, scale if config.live_budget is None else scale._replace(live_budget=config.live_budget)
 
 
-def measure_prices(compute: Compute, model: VictimModel, config: Config, num_classes: int) -> Prices:
-    """Seconds of a student's step, its prediction and a victim's answer, a clip each: the median of three after a first."""
+def open_generator(compute: Compute, config: Config, num_classes: int) -> Any:
+    return create_generator(config.generator, num_classes, config.num_frames, config.size).to(compute.device)
+
+
+def measure_prices(compute: Compute, model: VictimModel, config: Config, num_classes: int, live: bool) -> Prices:
+    """Seconds of what `Prices` has, a clip each: the median of three after a first. `live`: of live attacks too."""
     count = min(config.batch_size, 16)
     clips = torch.rand(count, 3, config.num_frames, config.size, config.size, device=compute.device)
     student = compute.prepare(create_student(config.student, num_classes))
@@ -113,8 +137,25 @@ def measure_prices(compute: Compute, model: VictimModel, config: Config, num_cla
     def predict() -> None:
         student.eval()(clips).sum().item()
 
+    works: list[Callable[[], object]] = [step, predict, lambda: model.model(clips).sum().item()]
+    if live:
+        generator = open_generator(compute, config, num_classes)
+        classes = torch.arange(count, device=compute.device) % num_classes
+
+        @torch.no_grad()
+        def generate() -> Tensor:
+            return generator.render(generator(torch.randn(count, generator.noise_dim, device=compute.device), classes))
+
+        def craft() -> None:
+            wanted = clips.clone().requires_grad_(True)
+            torch.autograd.grad(student.eval()(wanted).sum(), wanted)[0].sum().item()
+
+        sent = generate()
+        works += [
+            lambda: generate().sum().item(), craft, lambda: send(sent, list_live_wires(name_wire(config.wire))[-1])
+        ]  # fmt: skip
     found = []
-    for work in (step, predict, lambda: model.model(clips).sum().item()):
+    for work in works:
         times = []
         for _ in range(4):
             begin = time.perf_counter()
@@ -131,6 +172,8 @@ def print_plan(
     print(f"plan ({scale}): {len(plan.cells)} cells, {plan.num_students} students of {plan.recipe_clips} clips each")
     print("  " + ", ".join(f"{group} {count}" for group, count in groups.items()))
     print(f"  budgets {', '.join(map(str, plan.budgets))}; {num_asked} queries are answered, once, for all cells")
+    if plan.live_queries:
+        print(f"  {plan.live_queries} queries more of attacks that run live, each with its own meter")
     print(f"  {num_honest} clips of {num_accounts} honest accounts, and the held-out videos: the owner's own, no queries")
     print(f"  a thief pays {plan.budgets[-1] * price / 1000:.2f} for the largest budget, at {price:g} per 1 000 queries")
     print(f"  about {max(1, round(seconds / 60))} minutes on this machine", flush=True)
@@ -173,12 +216,13 @@ def main(config: Config, run: Run) -> dict:
     videos = find_videos(config.in_domain, model.classes, "train", config.in_domain_list)
     clips = Clips(videos + find_aux_videos(config.aux, config.demo), **config.cut, **config.shape)
     evaluator.refuse_overlap(clips)
-    queries = QuerySet(
-        clips, Augmentation(config.hflip, config.brightness, config.rotation), config.views_per_clip or 1, config.seed
-    )
+    augmentation = Augmentation(config.hflip, config.brightness, config.rotation)
+    queries = QuerySet(clips, augmentation, config.views_per_clip or 1, config.seed)
+    m = METHODS["maze"].num_directions if config.num_directions is None else config.num_directions
+    estimate = Estimate(m, config.epsilon, config.generator_lr)
     plan = plan_cells(
         scale, len(clips), config.views_per_clip or 1, config.query_budget, config.batch_size, config.epochs, config.answers,
-        config.defences,
+        config.defences, wire, estimate.num_directions,
     )  # fmt: skip
     span = ((config.num_frames - 1) * config.stride + 1) // 4
     windows = Clips(
@@ -193,7 +237,7 @@ def main(config: Config, run: Run) -> dict:
     asked = list(dict.fromkeys(order + one_order))
     held_out = [(place, "") for place in range(len(evaluator.clips))]
 
-    prices = measure_prices(compute, model, config, len(model.classes))
+    prices = measure_prices(compute, model, config, len(model.classes), plan.live_queries > 0)
     seconds = estimate_seconds(plan, prices, len(asked), len(honest) + len(held_out), len(held_out))
     print_plan(plan, scale_name, len(asked), len(honest), len(accounts), seconds, config.price_per_1000)
     run.begin()
@@ -222,19 +266,43 @@ def main(config: Config, run: Run) -> dict:
     labels = torch.tensor([ref.label for ref in evaluator.clips.refs])
     fits: dict[tuple[str, float], Fit] = {}
     for cell in plan.cells:
-        if cell.group == "defences" and cell.defence and cell.strength and (cell.defence, cell.strength) not in fits:
+        if (
+            cell.group in ("defences", "alarms")
+            and cell.defence
+            and cell.strength
+            and (cell.defence, cell.strength) not in fits
+        ):
             fit = fit_to_honest(cell.defence, cell.strength, to_fit, others, val, labels, key)
             fits[cell.defence, cell.strength] = fit
             cost = f"not possible: {fit.reason}" if fit.reason else f"honest L1 {fit.cost['l1']:.3f} measured"
             print(f"{cell.defence} at {cell.strength:g}: {cost}", flush=True)
 
+    # Detectors.
+    fitted = fit_detectors(accounts, streams)
+    asked_place = {view: k for k, view in enumerate(asked)}
+    all_places, one_places = ([asked_place[view] for view in chosen] for chosen in (order, one_order))
+    naive = Stream(thefts.thumbnails[all_places], thefts.probs[all_places])
+
     # The cells.
     folder = run.folder / "cells"
     folder.mkdir(exist_ok=True)
+
+    def create() -> Student:
+        return compute.prepare(create_student(config.student, len(model.classes), config.student_weights))
+
+    recipe = Recipe(plan.recipe_clips, config.head_lr, config.body_lr, config.label_weight)
+    live = Live(
+        open_run=lambda cell: Run(cell.row, run.folder / "live" / cell.name, cell, config.checkpoint_seconds), model=model,
+        key=key, parameters={name: fit.parameter for name, fit in fits.items()}, create=create,
+        create_generator=lambda: open_generator(compute, config, len(model.classes)),
+        queries=QuerySet(Clips(videos, **config.cut, **config.shape), augmentation, None, config.seed),
+        clip_shape=(3, config.num_frames, config.size, config.size), batch_size=config.batch_size,
+        num_workers=config.num_workers, recipe=recipe, estimate=estimate, evaluator=evaluator,
+    )  # fmt: skip
     bench = Bench(
-        folder=folder, views=views, asked=asked, recording=thefts, order=order, one_order=one_order, fits=fits,
-        create=lambda: compute.prepare(create_student(config.student, len(model.classes), config.student_weights)),
-        recipe=Recipe(plan.recipe_clips, config.head_lr, config.body_lr, config.label_weight), evaluator=evaluator, key=key,
+        folder=folder, views=views, asked=asked, recording=thefts, order=order, one_order=one_order, fits=fits, create=create,
+        recipe=recipe, evaluator=evaluator, key=key, live=live, alarms=find_alarms(fitted, naive),
+        checkpoint_seconds=config.checkpoint_seconds, stop_asked=lambda: run.stop_asked,
     )  # fmt: skip
     done: dict[str, dict] = {}
     with run.interruptible():
@@ -245,23 +313,30 @@ def main(config: Config, run: Run) -> dict:
                 raise KeyboardInterrupt(f"{number} cells are in {run.folder}; run the same command again to continue")
     cells = list(done.values())
 
-    # Detectors.
-    fitted = fit_detectors(accounts, streams)
+    # The report.
     unlike = [k for k in clips_of(True) if k not in set(clips_of(False))]
     similar = Stream(footage.thumbnails[unlike], footage.probs[unlike])
-    asked_place = {view: k for k, view in enumerate(asked)}
     rows = {"all": next(c.row for c in plan.cells if c.group == "answers" and c.answers == plan_answers(plan)), "one": ""}
     rows["one"] = next(cell.row for cell in plan.cells if cell.group == "views")
-    watched = list_thefts(
-        thefts.thumbnails, thefts.probs, [asked_place[view] for view in order], [asked_place[view] for view in one_order],
-        similar, rows,
-    )  # fmt: skip
+    watched = list_thefts(thefts.thumbnails, thefts.probs, all_places, one_places, similar, rows)
+
+    def respond(name: str, stream: Stream) -> torch.Tensor:
+        fit = next((fit for (defence, _), fit in fits.items() if defence == name), None)
+        return replay(name, 0.0 if fit is None else fit.parameter or 0.0, stream, key)
+
+    refs = evaluator.clips.refs
+    conferred, unconferred = report.tabulate_conferred(
+        cells, val.logits.argmax(1), labels, torch.tensor([ref.video for ref in refs])
+    )
     tables = dict(
         answers=report.tabulate_answers(cells, config.price_per_1000),
         defences=report.tabulate_defences(cells, fits),
+        live=report.tabulate_live(cells),
         detectors=report_thefts(fitted, watched, report.make_agreement(cells), plan.budgets[-1]),
+        responses=report_responses(cells, fitted, accounts, streams, bench.alarms, respond),
         false_alarms=report_false_alarms(fitted, accounts, streams),
         ownership=say_ownership(bench, cells),
+        conferred=conferred,
     )
     confidence = footage.probs[footage.decoded].amax(1)
     about = dict(
@@ -273,20 +348,21 @@ def main(config: Config, run: Run) -> dict:
     )  # fmt: skip
     planned = dict(
         cells=len(plan.cells), students=plan.num_students, clips_per_student=plan.recipe_clips, queries=len(asked),
-        queries_answered=int(thefts.decoded.sum()),
+        queries_answered=int(thefts.decoded.sum()), live_queries=plan.live_queries,
         budgets=plan.budgets, honest_clips=len(honest), honest_accounts=len(accounts),
     )  # fmt: skip
     result: dict = dict(about=about, plan=planned, innocent=dict(agreement=report.find_baseline(cells)), tables=tables)
     result["not_tested"] = [
         *(f"{d.name}: {d.reason}" for d in fitted if d.constants is None), *list_untested(scale, plan),
         *([] if tables["ownership"] else [f"ownership: none of {len(order)} answers was chosen to carry a watermark"]),
-        *report.NOT_TESTED,
+        *unconferred, *report.NOT_TESTED,
     ]  # fmt: skip
     result["verdict"] = report.write_verdict(result, config.price_per_1000)
-    result["cells"] = [{name: value for name, value in cell.items() if name != "seconds"} for cell in cells]
+    result["review"] = report.review(result)
+    result["cells"] = [{name: value for name, value in cell.items() if name not in ("seconds", "on_val")} for cell in cells]
     result["times"] = dict(
         seconds_since_last_start=round(run.seconds, 1), planned=round(seconds, 1),
-        cells={cell["name"]: cell["seconds"] for cell in cells},
+        cells={cell["name"]: cell["seconds"] for cell in cells if cell["scores"]},
         defence_ms={f"{name} {strength:g}": fit.cost.get("ms") for (name, strength), fit in fits.items()},
         queries_asked_now=num_queries,
     )  # fmt: skip
@@ -306,7 +382,8 @@ def list_untested(scale: Scale, plan: Plan) -> list[str]:
     defences = [name for name in most.defences if name not in {cell.defence for cell in plan.cells}]
     strengths = [f"{s:g}" for s in most.strengths if s not in scale.strengths]
     found = {"answer types": answers, "defences": defences, "honest L1 of defences": strengths}
-    return [f"{what}: {', '.join(names)}" for what, names in found.items() if names]
+    lines = [f"{what}: {', '.join(names)}" for what, names in found.items() if names]
+    return lines + ([] if plan.live_queries else ["data-free attacks and crafted queries (--live-budget)"])
 
 
 def say_cell(number: int, total: int, cell: Cell, result: dict) -> None:
@@ -321,7 +398,7 @@ def say_cell(number: int, total: int, cell: Cell, result: dict) -> None:
 def write_report(folder: Path, result: dict, cells: list[dict]) -> None:
     """Write all files of the report, report.json last."""
     pictures = report.draw_figures(folder, result, cells)
-    report.write_tables(folder, result["tables"] | {"cells": result["cells"]})
+    report.write_tables(folder, result["tables"] | {"cells": result["cells"], "review": result["review"]})
     files = {
         "report.md": page.to_markdown(result, pictures),
         "report.html": page.to_html(result, pictures, folder),

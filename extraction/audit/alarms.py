@@ -146,3 +146,56 @@ def report_thefts(
                 )
             )  # fmt: skip
     return rows
+
+
+def find_alarms(fitted: Sequence[Fitted], theft: Stream) -> dict[str, int | None]:
+    """The query of a theft, from 0, at which each detector that has constants raises its alarm; None: at none."""
+    return {d.name: first_alarm(d.create(), theft) for d in fitted if d.create is not None}
+
+
+def report_responses(
+    cells: Sequence[dict], fitted: Sequence[Fitted], accounts: Sequence[Account], streams: Sequence[Stream],
+    alarms: Mapping[str, int | None], respond: Callable[[str, Stream], Tensor],
+) -> list[dict]:  # fmt: skip
+    """A row for each detector and response: the clone of a thief with one account, and what false alarms cost honest users.
+
+    `respond(name, stream)` gives the answers (N, num_classes) after an alarm. The thief may train on all answers or on those
+    before the alarm alone: `worst` is the better clone of the two. The honest cost is over all queries of the held-out
+    accounts, those without a false alarm among them: `changed` is the share that gets an answer more than 0.01 in L1 from the
+    true one, or none; `flips` the share whose top class changes, or is not given; `l1` the mean distance, with an even answer
+    for none.
+    """
+    own = [cell for cell in cells if cell["group"] == "alarms" and cell["scores"]]
+    clones = {(c["detector"], c["defence"]): c["scores"]["agreement_at_1"] for c in own}
+    rows = []
+    for detector in fitted:
+        if detector.create is None:
+            continue
+        held_out = [stream for account, stream in zip(accounts, streams, strict=True) if account.held_out]
+        first = [first_alarm(detector.create(), stream) for stream in held_out]
+        total = sum(len(stream.probs) for stream in held_out)
+        before = clones[detector.name, None]
+        for response in ("nothing", *dict.fromkeys(c["defence"] for c in own if c["defence"])):
+            clone = before if response == "nothing" else clones.get((detector.name, response))
+            if clone is None:
+                continue
+            l1, changed, flips = 0.0, 0, 0
+            for stream, alarm in zip(held_out, first, strict=True):
+                if alarm is None:
+                    continue
+                late = Stream(stream.thumbnails[alarm:], stream.probs[alarm:])
+                answers = respond(response, late)
+                apart = (answers - late.probs).abs().sum(1)
+                l1 += apart.sum().item()
+                changed += len(apart) if response == "nothing" else int((apart > 0.01).sum())
+                flips += len(apart) if response == "nothing" else int((answers.argmax(1) != late.probs.argmax(1)).sum())
+            alarm = alarms[detector.name]
+            rows.append(
+                dict(
+                    row=f"{detector.name}, {response}", detector=detector.name, response=response,
+                    queries_to_alarm=None if alarm is None else alarm + 1, clone=clone, before=before, worst=max(clone, before),
+                    alarmed=sum(a is not None for a in first), accounts=len(held_out), changed=changed / max(1, total),
+                    flips=flips / max(1, total), l1=l1 / max(1, total),
+                )
+            )  # fmt: skip
+    return rows

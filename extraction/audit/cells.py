@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +13,15 @@ from torch import Tensor
 
 from extraction.attacks.losses import answers_to_targets
 from extraction.audit.attackers import average_views, keep_agreeing, keep_sure, take_top1, undo
+from extraction.audit.live import Live
 from extraction.audit.plan import ANSWERS, DAWN_RATE, Cell
 from extraction.audit.recording import Recording, Views
-from extraction.audit.students import Recipe, train_student
+from extraction.audit.students import Checkpoints, Recipe, train_student
 from extraction.errors import UserError, printable
 from extraction.evaluation.scoring import Evaluator, score
 from extraction.students import Student
 from extraction.victims.defences import DEFENCES, draw, fit_defence, mark, measure, watermark
+from extraction.victims.detectors import Stream
 from extraction.victims.query_interface import shape_answers
 from extraction.weights import write_text
 
@@ -32,8 +34,8 @@ class Fit(NamedTuple):
     reason: str = ""
 
 
-def replay(name: str, parameter: float, recording: Recording, key: bytes) -> Tensor:
-    """The probabilities (N, num_classes) that a defence answers a recording with, in its order."""
+def replay(name: str, parameter: float, recording: Recording | Stream, key: bytes) -> Tensor:
+    """The probabilities (N, num_classes) that a defence answers a recording with, or an account, in its order."""
     probs = recording.probs
     return DEFENCES[name].defend(probs, draw(key, mark(recording.thumbnails, probs)), key, parameter)
 
@@ -80,6 +82,10 @@ class Bench:
     recipe: Recipe
     evaluator: Evaluator
     key: bytes
+    live: Live
+    checkpoint_seconds: float
+    stop_asked: Callable[[], bool]  # whether to save and stop
+    alarms: Mapping[str, int | None]  # the query of `order`, from 0, at which each detector raises its alarm; None: at none
 
     def triggers(self) -> tuple[list[int], Tensor]:
         """The views of `order` whose answers carry the watermark, and its labels, int64."""
@@ -101,7 +107,9 @@ class Bench:
         views = (self.one_order if cell.views == "one" else self.order)[: cell.budget]
         recording = self._record_of(views)
         logits = recording.logits
-        if cell.group == "ownership":
+        if cell.group == "alarms":
+            views, recording, logits = self._answer_until_alarm(cell, views, recording)
+        elif cell.group == "ownership":
             logits = self._watermark(recording)[0].clamp(min=1e-12).log()
         elif cell.defence is not None:
             parameter = self.fits[cell.defence, cell.strength or 0.0].parameter
@@ -110,6 +118,16 @@ class Bench:
         kind, decimals = ANSWERS[cell.answers]
         targets = answers_to_targets(shape_answers(logits, kind, decimals), kind, logits.shape[1])
         return (views, *self._attack(cell, targets, [view % self.views.num_clips for view in views], recording.decoded))
+
+    def _answer_until_alarm(self, cell: Cell, views: list[int], recording: Recording) -> tuple[list[int], Recording, Tensor]:
+        """The views that a thief with one account gets answers to, and these as logits: true before the alarm, then changed."""
+        alarm = self.alarms[cell.detector or ""]
+        true = len(views) if alarm is None else alarm
+        if cell.defence is None:  # nothing from then on
+            return views[:true], recording.take(range(true)), recording.logits[:true]
+        parameter = 0.0 if cell.strength is None else self.fits[cell.defence, cell.strength].parameter or 0.0
+        changed = replay(cell.defence, parameter, recording, self.key).clamp(min=1e-12).log()
+        return views, recording, torch.cat([recording.logits[:true], changed[true:]])
 
     def _attack(self, cell: Cell, targets: Tensor, clips: list[int], decoded: Tensor) -> tuple[Tensor, Tensor]:
         """What the attacker makes of its answers."""
@@ -145,12 +163,25 @@ class Bench:
             return kept
         result = cell.to_dict() | dict(status="done")
         reason = "" if cell.strength is None else self.fits[cell.defence or "", cell.strength].reason
+        if cell.detector is not None and cell.detector not in self.alarms:
+            reason = "honest accounts are too few or too short to fit the detector to"
         if reason:
             result |= dict(status="not possible", reason=reason, scores={})
+        elif cell.group == "live":
+            begin = time.monotonic()
+            result |= self.live.run(cell)
+            result["seconds"] = round(time.monotonic() - begin, 1)
         else:
             result |= self._score(cell, done, desc)
         write_text(path, json.dumps(result, indent=1) + "\n")
+        if cell.group == "live":
+            self.live.forget(cell)
+        elif "digest" in result:
+            self._checkpoint(cell, result["digest"]).unlink(missing_ok=True)
         return result
+
+    def _checkpoint(self, cell: Cell, digest: str) -> Path:
+        return self.folder / f"{cell.name}-{digest}.pt"
 
     def _score(self, cell: Cell, done: dict[str, dict], desc: str) -> dict[str, Any]:
         begin = time.monotonic()
@@ -161,11 +192,15 @@ class Bench:
         # A defence may change a top class where none is well ahead; then this is a student of its own after all.
         if other is not None and (cell.answers == "logits" or digest.hexdigest() == other["digest"]):
             return other | cell.to_dict() | dict(seconds=0.0)
-        student = train_student(self.create, self.views, views, targets, labels, self.recipe, cell.seed, desc)
+        # Named by what it learns from, so that no other student goes on from it.
+        checkpoints = Checkpoints(self._checkpoint(cell, digest.hexdigest()), self.checkpoint_seconds, self.stop_asked)
+        student = train_student(self.create, self.views, views, targets, labels, self.recipe, cell.seed, desc, checkpoints)
         result: dict[str, Any] = dict(
             num_queries=cell.budget, num_trained_on=len(views), digest=digest.hexdigest(), same_as=None
         )
         result["scores"] = self.evaluator.score(student) | self.evaluator.summarise(student)
+        if cell.group in ("innocent", "suspects") or (cell.group == "answers" and cell.budget == len(self.order)):
+            result["on_val"] = self.evaluator.top_classes.tolist()
         if cell.group in ("ownership", "innocent"):
             result["on_triggers"] = self._predict_triggers(student)
         return result | dict(seconds=round(time.monotonic() - begin, 1))

@@ -8,20 +8,28 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from extraction.audit.curves import Reached, agreement_at, average_seeds, queries_to
+from extraction.audit.plan import CONTROLS, CRAFTED
+from extraction.errors import UserError
 from extraction.evaluation.plots import draw_budgets, draw_trade_off
 from extraction.evaluation.results import percent
+from extraction.victims.detectors import bound_share
+from extraction.victims.ownership import fit_conferred, verify_conferred
 from extraction.weights import write_text
 
 LEVELS = (0.5, 0.7, 0.9)
+CLAIM = 1e-3  # the p below which a suspect is claimed
 NOT_TESTED = (
-    "data-free and crafted attacks (black_box/, grey_box/swin_to_r21_prada.py), live behind each defence",
-    "zeroth-order attacks with larger steps behind rounding or a compressed wire",
+    "other attacks that ask what follows from answers: DFME, DisGUIDE, conditional generators, embedding search (black_box/)",
     "recovery by a trained network (D-DAE), and recovery that does not know which defence it meets",
     "students of other architectures than --student, and students with published weights where --student-weights is None",
-    "answers that change after a detector's alarm (--defence-after): the detectors' table says when that would be",
+    "answers that change after an alarm for a thief with several accounts, or a diluted one: the detectors' table has alarms",
     "several accounts of a thief recognised as one",
-    "matching on naturally conferrable clips, and dataset inference",
+    "ownership against innocent models better than --student makes of the thief's labels, adversarial fingerprints, and "
+    "dataset inference",
     "a victim trained anew (ensembles, misinformation with outlier exposure, entangled watermarks)",
 )
 
@@ -103,6 +111,72 @@ def tabulate_defences(cells: Sequence[dict], fits: Mapping[tuple[str, float], An
     return rows
 
 
+def tabulate_live(cells: Sequence[dict]) -> list[dict]:
+    """A row for each live attack: its clone, the gain over its control, and what is left of finite differences."""
+    rows, own = [], [cell for cell in cells if cell["group"] == "live"]
+    without = {cell["attacker"]: cell["scores"]["agreement_at_1"] for cell in own if cell["attacker"] in CONTROLS.values()}
+    for cell in own:
+        agreement, control = cell["scores"].get("agreement_at_1"), without.get(CONTROLS.get(cell["attacker"], ""))
+        rows.append(
+            dict(
+                row=cell["row"], attack=cell["attacker"], wire=cell["wire"], answers=cell["answers"], defence=cell["defence"],
+                strength=cell["strength"], queries=cell.get("num_queries"), budget=cell["budget"], agreement=agreement,
+                interval=cell["scores"].get("intervals", {}).get("agreement_at_1"), top1=cell["scores"].get("top1"),
+                gain=None if agreement is None or control is None else agreement - control, slopes=cell.get("slopes", []),
+                reason=cell.get("reason", ""),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def tabulate_conferred(cells: Sequence[dict], victim: Tensor, labels: Tensor, videos: Tensor) -> tuple[list[dict], list[str]]:
+    """A row for each suspect on clips that the victim confers, and why there is none.
+
+    `victim` (N,), `labels` (N,; -1: none) and `videos` (N,) are of the held-out clips, of which one a video is taken. Clips are
+    chosen by the clones of the first seed and half of the innocent students, whose rate is measured on every second clip;
+    suspects are clones of another seed and the other half, on the other clips. Two kinds of clips: all, and those that the
+    victim itself gets wrong, on which a suspect that is merely good at the task has no reason to agree.
+    """
+    last_first = {video: number for number, video in reversed(list(enumerate(videos.tolist())))}
+    first = torch.tensor(sorted(last_first.values()))
+    victim, labels = victim[first], labels[first]
+
+    def find(group: str, keep: Callable[[dict], bool] = lambda cell: True) -> list[tuple[dict, Tensor]]:
+        own = [cell for cell in cells if cell["group"] == group and cell.get("on_val") and keep(cell)]
+        return [(cell, torch.tensor(cell["on_val"])[first]) for cell in own]
+
+    clones = find("answers", lambda cell: cell["seed"] == 0 and not cell.get("same_as"))
+    innocent, suspects = find("innocent"), find("suspects")
+    half = -(-len(innocent) // 2)
+    to_fit, late = innocent[:half], innocent[half:]
+    rows, reasons = [], []
+    kinds = {
+        "all clips": torch.ones(len(victim), dtype=torch.bool),
+        "the victim's mistakes": (labels >= 0) & (labels != victim),
+    }
+    for kind, taken in kinds.items():
+        told = torch.where(taken, victim, -2)  # no model's class
+        try:
+            every_second = torch.arange(len(victim)) % 2 == 0
+            chosen = fit_conferred(told, [seen for _, seen in clones], [seen for _, seen in to_fit], every_second)
+        except UserError as error:
+            reasons.append(f"ownership on {kind}: {error}")
+            continue
+        tested = [(f"clone of {cell['answers']}", cell, seen) for cell, seen in suspects]
+        tested += [(f"innocent student {half + number}", cell, seen) for number, (cell, seen) in enumerate(late)]
+        claims = [(suspect, cell, verify_conferred(seen, told, chosen)) for suspect, cell, seen in tested]
+        false = sum(claim.p < CLAIM for _, cell, claim in claims if cell["group"] == "innocent")
+        rows += [
+            dict(
+                row=f"{kind}, {suspect}", kind=kind, suspect=suspect, innocent=cell["group"] == "innocent",
+                clips=len(chosen.places), agreement=cell["scores"]["agreement_at_1"], false_claims=false, innocents=len(late),
+                upper=bound_share(false, len(late)), **claim._asdict(),
+            )
+            for suspect, cell, claim in claims
+        ]  # fmt: skip
+    return rows, reasons
+
+
 def write_verdict(report: Mapping[str, Any], price: float) -> list[dict[str, str]]:
     """At most five sentences, each with the table and the row that it rests on."""
     sentences = []
@@ -172,6 +246,101 @@ def write_verdict(report: Mapping[str, Any], price: float) -> list[dict[str, str
         )
         sentences.append(dict(table="ownership", row=row["row"], text=text))
     return sentences[:5]
+
+
+def review(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What this run's numbers say to what a security reviewer asks, a row a question: its references, the answer, its rows.
+
+    References: OWASP AISVS 1.0 (C11), MITRE ATLAS, NIST AI 100-2. No grade is given: how much is too much is the owner's.
+    """
+    tables, rows = report["tables"], list[dict[str, str]]()
+
+    def say(references: str, question: str, answer: str, table: str, row: str) -> None:
+        rows.append(dict(row=question, references=references, answer=answer, table=table, rests_on=row))
+
+    answers = tables["answers"]
+    full = next((row for row in answers if row["row"] == "probs"), answers[0])
+    label = next(row for row in answers if row["row"] == "label")
+    kept, less = full["agreement"]["mean"], label["agreement"]["mean"]
+    say(
+        "ATLAS AML.T0024.002; NIST AI 100-2, model extraction", "Can queries alone copy the model?",
+        f"{full['budget']} answers of type {full['row']} make a clone of {percent(kept)} % agreement, {percent(full['gain'])} "
+        f"points more than innocent students have.", "answers", full["row"],
+    )  # fmt: skip
+    if label is not full:
+        say(
+            "AISVS 11.3.2", "What does it help to show less?",
+            f"With labels alone the clone has {percent(less)} %, {percent(kept - less)} points less.", "answers", "label",
+        )  # fmt: skip
+    defended = [row for row in tables["defences"] if row["worst"] is not None]
+    if defended:
+        best = min(defended, key=lambda row: row["worst"])
+        beaten = "less" if best["worst"] < less else "no less"
+        say(
+            "AISVS 11.3.2", "What do changed answers help, and what do honest users pay?",
+            f"Of {len(defended)} defences {best['row']} leaves least, {percent(best['worst'])} % under its worst attacker, "
+            f"{beaten} than labels alone; honest answers are {best['honest']['l1']:.2f} in L1 from the true ones and "
+            f"{percent(best['honest']['flips'])} % of their top classes change.", "defences", best["row"],
+        )  # fmt: skip
+    live = [row for row in tables["live"] if row["slopes"] and row["defence"] is None]
+    if live:
+        least, most = (choose(live, key=lambda row: row["slopes"][0]["kept"]) for choose in (min, max))
+        say(
+            "ATLAS AML.T0024.002; NIST AI 100-2, model extraction", "Do the wire and rounding stop zeroth-order attacks?",
+            f"Of finite differences {least['row']} leaves a cosine of {least['slopes'][0]['kept']:.2f}, "
+            f"{least['slopes'][1]['kept']:.2f} with steps ten times as large; {most['row']} leaves "
+            f"{most['slopes'][0]['kept']:.2f}.", "live", least["row"],
+        )  # fmt: skip
+    crafted = [row for row in tables["live"] if row["attack"] == CRAFTED and row["gain"] is not None]
+    if crafted:
+        best = max(crafted, key=lambda row: row["gain"])
+        say(
+            "ATLAS AML.T0024.002", "Do crafted queries get more than a thief's own clips?",
+            f"At most {percent(best['gain'])} points over as many own views, of {len(crafted)} tries ({best['row']}).", "live",
+            best["row"],
+        )  # fmt: skip
+    watched = [row for row in tables["detectors"] if row["detector"] != "quota"]
+    if watched:
+        seen = [row for row in watched if row["queries_to_alarm"] is not None]
+        evaded = max(watched, key=lambda row: row["agreement_at_alarm"])
+        alarms = next(
+            row for row in tables["false_alarms"] if (row["detector"], row["profile"]) == (evaded["detector"], "all profiles")
+        )
+        say(
+            "AISVS 11.3.1", "Does the pattern of queries give a theft away?",
+            f"In {len(seen)} of {len(watched)} pairs of detector and thief there is an alarm. Most is left by {evaded['row']}: "
+            f"{percent(evaded['agreement_at_alarm'])} % agreement; that detector alarms {alarms['alarmed']} of "
+            f"{alarms['accounts']} honest accounts (at most {percent(alarms['upper'])} % of such accounts).", "detectors",
+            evaded["row"],
+        )  # fmt: skip
+    answered = [row for row in tables["responses"] if row["queries_to_alarm"] is not None]
+    if answered:
+        best = min(answered, key=lambda row: row["worst"])
+        say(
+            "AISVS 11.3.4", "Does an alarm lead to something that helps?",
+            f"{best['row']} leaves a clone of {percent(best['worst'])} % where {percent(kept)} % is had undefended, and "
+            f"changes {percent(best['changed'])} % of honest answers.", "responses", best["row"],
+        )  # fmt: skip
+    quota = [row for row in tables["detectors"] if row["detector"] == "quota" and row["accounts_burnt"] is not None]
+    if quota:
+        row = max(quota, key=lambda row: row["agreement_at_alarm"])
+        say(
+            "AISVS 11.2.2", "What do limits for an account cost a thief?",
+            f"A limit that no honest account that was fitted to exceeds leaves {percent(row['agreement_at_alarm'])} % to one "
+            f"account ({row['attacker']}); the whole theft takes {row['accounts_burnt']}.", "detectors", row["row"],
+        )  # fmt: skip
+    for name, what in (("ownership", "a watermark"), ("conferred", "conferred clips")):
+        own = tables[name]
+        innocent = [row for row in own if row["suspect"].startswith("innocent")]
+        suspects = [row for row in own if row not in innocent]
+        if suspects:
+            claimed, false = ([row for row in part if row["p"] < CLAIM] for part in (suspects, innocent))
+            say(
+                "AISVS 11.3.3", f"Can a copy be told by {what}?",
+                f"{len(claimed)} of {len(suspects)} tests of clones claim one, and {len(false)} of {len(innocent)} of innocent "
+                f"students (p below {CLAIM:g}).", name, suspects[0]["row"],
+            )  # fmt: skip
+    return rows
 
 
 def draw_figures(folder: str | Path, report: Mapping[str, Any], cells: Sequence[dict]) -> dict[str, str]:

@@ -1,7 +1,11 @@
 """Students of an audit: trained on recorded answers, scored on held-out clips. One short job each."""
 
+import math
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +16,7 @@ from extraction.attacks.losses import cross_entropy, kl_divergence
 from extraction.audit.recording import Views
 from extraction.errors import UserError
 from extraction.students import Student
+from extraction.weights import read_checkpoint, write_atomically
 
 
 class Recipe(NamedTuple):
@@ -23,6 +28,14 @@ class Recipe(NamedTuple):
     label_weight: float  # of the cross-entropy to true labels, where there are any
 
 
+class Checkpoints(NamedTuple):
+    """Where a student that is being trained is kept, and how often."""
+
+    path: Path
+    seconds: float  # between two
+    stop_asked: Callable[[], bool]  # whether to save and stop
+
+
 def train_student(
     create: Callable[[], Student],
     views: Views,
@@ -32,11 +45,13 @@ def train_student(
     recipe: Recipe,
     seed: int,
     desc: str,
+    checkpoints: Checkpoints,
 ) -> Student:
     """A student of the views `chosen`: KL to `targets` (N, num_classes), cross-entropy to `labels` (N,), -1 without one.
 
     The recipe of grey_box/swin_to_r21_kd.py. A row of zeros in `targets` is no answer: that view is learnt from its label
-    alone. Deterministic in the seed on a CPU. Raises UserError when the loss is not finite.
+    alone. Deterministic in the seed on a CPU, wherever it was interrupted: it goes on from its checkpoint. Raises UserError
+    when the loss is not finite, or the checkpoint is another student's, KeyboardInterrupt when it is asked to stop.
     """
     torch.manual_seed(seed)
     student = create().train()
@@ -50,9 +65,28 @@ def train_student(
         batches += [shuffled[i : i + size] for i in range(0, len(chosen) - size + 1, size)]
     batches = batches[: max(1, recipe.num_clips // size)]
     place, answered = {view: k for k, view in enumerate(chosen)}, targets.sum(1) > 0
-    recent: list[float] = []
-    with tqdm(total=len(batches), desc=desc, unit="step", leave=False, dynamic_ncols=True) as bar:
-        for found, clips in views.load([[chosen[k] for k in batch] for batch in batches]):
+    losses: deque[float] = deque(maxlen=100)
+    parts: dict[str, Any] = dict(student=student.net, optimizer=optimizer, schedule=schedule)
+    done = _resume(checkpoints.path, parts, losses, views.device)
+    saved = time.monotonic()
+    # A GPU is waited for once an epoch alone; on a CPU reading is free.
+    unread: list[Tensor] = []
+    per_read = 1 if views.device.type == "cpu" else max(1, len(chosen) // size)
+
+    def read_losses() -> None:
+        for value in torch.stack(unread).tolist() if unread else []:
+            if not math.isfinite(value):
+                raise UserError(f"{desc}: the loss became {value}; lower --head-lr and --body-lr")
+            losses.append(value)
+            schedule.step(sum(losses) / len(losses))
+        unread.clear()
+
+    wanted = [[chosen[k] for k in batch] for batch in batches]
+    with tqdm(total=len(batches), initial=done, desc=desc, unit="step", leave=False, dynamic_ncols=True) as bar:
+        for found, clips in views.load(wanted[done:]):
+            while found[0] not in wanted[done]:  # a batch of which nothing can be decoded
+                done += 1
+            done += 1
             rows = torch.tensor([place[view] for view in found])
             logits = student(clips)
             told = answered[rows]
@@ -62,9 +96,40 @@ def train_student(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            recent = [*recent[-99:], loss.item()]
-            if not torch.isfinite(loss):
-                raise UserError(f"{desc}: the loss became {loss.item()}; lower --head-lr and --body-lr")
-            schedule.step(sum(recent) / len(recent))
+            unread.append(loss.detach())
+            if len(unread) == per_read:
+                read_losses()
             bar.update()
+            stop = checkpoints.stop_asked()
+            if stop or time.monotonic() - saved >= checkpoints.seconds:
+                read_losses()
+                _save(checkpoints.path, parts, losses, done, views.device)
+                saved = time.monotonic()
+            if stop:
+                raise KeyboardInterrupt(f"{desc}: saved; run the same command again to continue")
+    read_losses()
     return student.eval()
+
+
+def _save(path: Path, parts: dict[str, Any], losses: deque[float], done: int, device: torch.device) -> None:
+    drawn = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]  # dropout's
+    state = {name: part.state_dict() for name, part in parts.items()} | dict(losses=list(losses), done=done, drawn=drawn)
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def _resume(path: Path, parts: dict[str, Any], losses: deque[float], device: torch.device) -> int:
+    """Load a checkpoint, if there is one. Returns the number of batches that are done."""
+    if not path.exists():
+        return 0
+    state = read_checkpoint(path)
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        losses.extend(state["losses"])
+        torch.set_rng_state(state["drawn"][0])
+        if device.type == "cuda" and len(state["drawn"]) > 1:
+            torch.cuda.set_rng_state(state["drawn"][1], device)
+        return int(state["done"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        line = (str(error).strip().splitlines() or [""])[0][:120]
+        raise UserError(f"{path}: not the checkpoint of this student ({line}); remove it to train it from the start") from None

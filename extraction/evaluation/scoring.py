@@ -296,6 +296,7 @@ class Evaluator:
         )
         self._videos = find_video_numbers(clips)
         self._last: dict[str, Tensor] | None = None  # the tally of the last score
+        self.top_classes = torch.empty(0, dtype=torch.int64)  # (len(clips),) at the last score; -1: not decoded
         self.victim_probs: Tensor | None = None  # (len(clips), num_classes)
         self.victim_scores: dict[str, Any] = {}
         labels = torch.tensor([ref.label for ref in clips.refs])
@@ -347,6 +348,7 @@ class Evaluator:
         """`top1`, `top5` and, with a victim, `agreement_at_1`, `agreement_at_5` of a student in evaluation mode."""
         predictions = self._predict(student)
         self.broken = predictions.broken
+        self.top_classes = torch.where(predictions.probs.sum(1) > 0, predictions.probs.argmax(1), -1)
         self._last = tally(predictions.probs, predictions.labels, self.victim_probs, self._videos)
         return {name: value for name, value in average(self._last).items() if name != "mean_kl"}
 

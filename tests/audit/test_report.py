@@ -5,10 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from extraction.audit import page, report
 from extraction.audit.cells import Fit
-from extraction.audit.plan import Cell
+from extraction.audit.plan import AT_REST, CRAFTED, DATA_FREE, OWN_VIEWS, Cell
 
 AGREEMENTS = {"probs": (0.3, 0.6, 0.88), "label": (0.25, 0.5, 0.74)}
 BUDGETS = (100, 400, 1600)
@@ -34,6 +35,10 @@ def cells() -> list[dict]:
         dataclasses.replace(defence, strength=0.6).to_dict() | dict(status="not possible", reason="it costs less", scores={})
     )
     found.append(finish(Cell(group="views", views="one", budget=500), 0.65))
+    slopes = [dict(epsilon=0.03, kept=0.25), dict(epsilon=0.3, kept=0.75)]
+    for attacker, agreement in {DATA_FREE: 0.3, AT_REST: 0.22, CRAFTED: 0.5, OWN_VIEWS: 0.55}.items():
+        cell = Cell(group="live", attacker=attacker, wire="uint8", budget=640)
+        found.append(finish(cell, agreement, num_queries=640, slopes=slopes if attacker in (DATA_FREE, AT_REST) else []))
     return [*found, finish(Cell(group="innocent", answers="label", seed=1000), 0.2)]
 
 
@@ -47,11 +52,15 @@ def made(cells) -> dict:
     )  # fmt: skip
     alarm = dict(row="prada, all profiles", detector="prada", profile="all profiles", alarmed=1, accounts=20, upper=0.22,
                  first_alarm=90, queries=4000)  # fmt: skip
+    response = dict(
+        row="prada, label", detector="prada", response="label", queries_to_alarm=400, clone=0.7, before=0.6, worst=0.7,
+        alarmed=1, accounts=20, changed=0.02, flips=0.0, l1=0.01,
+    )  # fmt: skip
     owned = dict(row="clone", suspect="clone", triggers=16, repeated=0.6, null=0.2, p=1e-4, agreement=0.87)
     tables = dict(
         answers=report.tabulate_answers(cells, 20.0), defences=report.tabulate_defences(cells, fits),
         detectors=[detector, detector | dict(row="prada, one view a clip", attacker="one view a clip", queries_to_alarm=None)],
-        false_alarms=[alarm], ownership=[owned],
+        false_alarms=[alarm], ownership=[owned], live=report.tabulate_live(cells), responses=[response], conferred=[],
     )  # fmt: skip
     about = dict(
         victim="demo <swin>", fingerprint="f", num_classes=12, victim_top1=0.97, num_val_videos=24, confidence_median=0.99,
@@ -60,7 +69,7 @@ def made(cells) -> dict:
     )  # fmt: skip
     made = dict(about=about, plan=dict(honest_accounts=40, honest_clips=900, budgets=list(BUDGETS)), tables=tables, cells=cells)
     made |= dict(innocent=dict(agreement=report.find_baseline(cells)), not_tested=report.NOT_TESTED)
-    return made | dict(verdict=report.write_verdict(made, 20.0))
+    return made | dict(verdict=report.write_verdict(made, 20.0), review=report.review(made))
 
 
 def test_answers_are_averaged_over_seeds_and_priced(made):
@@ -93,6 +102,51 @@ def test_an_agreement_after_some_queries_is_read_off_the_curve(cells):
     assert agreement("probs", 0) == pytest.approx(0.2)
     assert agreement("probs", 400) == pytest.approx(0.61)
     assert agreement("probs, one view a clip", 10**6) == pytest.approx(0.65)
+
+
+def test_a_live_attack_gains_over_its_own_control(made):
+    rows = {row["attack"]: row for row in made["tables"]["live"]}
+    assert rows[DATA_FREE]["gain"] == pytest.approx(0.08)
+    assert rows[CRAFTED]["gain"] == pytest.approx(-0.05)
+    assert rows[AT_REST]["gain"] is rows[OWN_VIEWS]["gain"] is None
+
+
+def test_a_reviewer_is_told_what_rows_say_and_nothing_where_there_are_none(made):
+    found = {row["row"]: row for row in made["review"]}
+    for row in made["review"]:
+        assert row["rests_on"] in [each["row"] for each in made["tables"][row["table"]]]
+    assert "labels alone the clone has 75.0 %, 14.0 points less" in found["What does it help to show less?"]["answer"]
+    assert "cosine of 0.25, 0.75 with steps" in found["Do the wire and rounding stop zeroth-order attacks?"]["answer"]
+    assert "At most -5.0 points" in found["Do crafted queries get more than a thief's own clips?"]["answer"]
+    assert "prada, label leaves a clone of 70.0 %" in found["Does an alarm lead to something that helps?"]["answer"]
+    assert "1 of 1 tests of clones claim one, and 0 of 0" in found["Can a copy be told by a watermark?"]["answer"]
+    assert "Can a copy be told by conferred clips?" not in found
+    bare = made | dict(tables={name: rows if name == "answers" else [] for name, rows in made["tables"].items()})
+    assert [row["references"] for row in report.review(bare)][1:] == ["AISVS 11.3.2"]
+
+
+def test_conferred_clips_are_chosen_by_one_seed_and_half_of_the_innocent_and_reported_on_the_others():
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.randint(12, (400,), generator=rng)
+    victim = torch.where(torch.rand(400, generator=rng) < 0.7, labels, (labels + 1) % 12)  # wrong on 3 of 10
+
+    def guess(of: torch.Tensor, rate: float) -> list[int]:
+        return torch.where(torch.rand(400, generator=rng) < rate, of, torch.randint(12, (400,), generator=rng)).tolist()
+
+    cells = [finish(Cell(group="answers", budget=9), 0.9, on_val=guess(victim, 0.9))]
+    cells += [finish(Cell(group="suspects", budget=9, seed=1), 0.9, on_val=guess(victim, 0.9))]
+    cells += [finish(Cell(group="innocent", seed=1000 + k), 0.4, on_val=guess(labels, 0.5)) for k in range(6)]
+    rows, reasons = report.tabulate_conferred(cells, victim, labels, torch.arange(400))
+    assert not reasons
+    for kind in ("all clips", "the victim's mistakes"):
+        clone, *innocent = [row for row in rows if row["kind"] == kind]
+        assert (clone["suspect"], clone["repeated"] > 0.8, clone["p"] < 1e-3) == ("clone of probs", True, True)
+        assert [row["suspect"] for row in innocent] == [f"innocent student {k}" for k in (3, 4, 5)]
+        assert {(row["false_claims"], row["innocents"]) for row in innocent} == {(0, 3)}
+        assert clone["upper"] == pytest.approx(1 - 0.05 ** (1 / 3))
+    one_video = report.tabulate_conferred(cells, victim, labels, torch.arange(400) // 4)[0]
+    assert one_video[0]["clips"] < rows[0]["clips"]
+    assert "a clone at least and two models" in report.tabulate_conferred(cells[:3], victim, labels, torch.arange(400))[1][0]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,10 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from extraction.audit.alarms import Fitted, Theft, dilute, report_false_alarms, report_thefts
+from extraction.audit.alarms import Fitted, Theft, dilute, report_false_alarms, report_responses, report_thefts
+from extraction.audit.cells import Bench
+from extraction.audit.plan import Cell
+from extraction.audit.recording import Recording
 from extraction.audit.traffic import CHANGES, PROFILES, Account, Query, Videos, draw_accounts, group_windows, list_folders
 from extraction.data.clips import Clips
 from extraction.data.folders import find_videos
@@ -82,6 +85,49 @@ def test_what_a_thief_has_by_the_alarm():
     assert (diluted["useful_queries"], diluted["accounts_burnt"], diluted["queries_in_all"]) == (25, 40, 4000)
     (free,) = report_thefts([Fitted("quota", dict(limit=10**6))], thefts[:1], lambda row, queries: queries / 1000, 1000)
     assert (free["queries_to_alarm"], free["accounts_burnt"], free["agreement_at_alarm"]) == (None, None, 0.4)
+
+
+def test_a_response_costs_honest_users_what_follows_false_alarms_and_its_thief_takes_the_better_half():
+    accounts = [Account("mixed", [], number % 2 == 1) for number in range(4)]
+    streams = [make_stream(count) for count in (200, 50, 200, 30)]  # of those held out one has 10 queries beyond the alarm
+    cells = [
+        dict(group="alarms", detector="quota", defence=defence, scores=dict(agreement_at_1=agreement))
+        for defence, agreement in ((None, 0.5), ("label", 0.7), ("lie", 0.3))
+    ]
+    answers = {"label": torch.tensor([1.0, 0, 0, 0]), "lie": torch.tensor([0.0, 1, 0, 0]), "nothing": torch.full((4,), 0.25)}
+    fitted = [Fitted("quota", dict(limit=40)), Fitted("prada", None, "too short")]
+    rows = report_responses(
+        cells, fitted, accounts, streams, dict(quota=40), lambda name, stream: answers[name].expand(len(stream.probs), 4)
+    )
+    found = {row["response"]: row for row in rows}
+    assert {name: (row["clone"], row["worst"]) for name, row in found.items()} == {
+        "nothing": (0.5, 0.5), "label": (0.7, 0.7), "lie": (0.3, 0.5),
+    }  # fmt: skip
+    assert {(row["queries_to_alarm"], row["alarmed"], row["accounts"]) for row in rows} == {(41, 1, 2)}
+    assert {name: (row["changed"], row["l1"]) for name, row in found.items()} == {
+        "nothing": (10 / 80, 0.0), "label": (10 / 80, 1.5 * 10 / 80), "lie": (10 / 80, 1.5 * 10 / 80),
+    }  # fmt: skip
+    assert found["lie"]["flips"] == found["nothing"]["flips"] == 10 / 80 > found["label"]["flips"] == 0
+
+
+@pytest.mark.parametrize(("alarm", "defence", "changed"), [(3, "label", 3), (0, "lie", 6), (None, "lie", 0), (4, None, 0)])
+def test_answers_are_true_until_the_alarm_and_then_changed(alarm, defence, changed):
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    recording = Recording(logits, torch.zeros(6, 3, 4, 8, 8, dtype=torch.uint8), torch.ones(6, dtype=torch.bool))
+    nothing: dict = dict.fromkeys(
+        ("folder", "views", "asked", "one_order", "create", "recipe", "evaluator", "live", "checkpoint_seconds", "stop_asked")
+    )
+    bench = Bench(**nothing, recording=recording, order=list(range(6)), fits={}, key=b"k", alarms=dict(quota=alarm))
+    cell = Cell(group="alarms", detector="quota", defence=defence, budget=6)
+    views, seen, answers = bench._answer_until_alarm(cell, list(range(6)), recording)
+    kept = len(views) if alarm is None else alarm
+    assert views == list(range(4 if defence is None else 6))
+    assert len(seen.logits) == len(answers) == len(views)
+    assert torch.equal(answers[:kept], logits[:kept])
+    differs = (answers.softmax(1) - logits[: len(views)].softmax(1)).abs().sum(1) > 1e-3
+    assert int(differs.sum()) == changed
+    if defence == "lie":
+        assert (answers.argmax(1) != logits.argmax(1)).sum() == changed
 
 
 def test_a_diluted_theft_has_that_share_of_honest_queries():

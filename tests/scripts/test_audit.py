@@ -8,14 +8,14 @@ import pytest
 
 import audit
 from extraction import experiment
-from extraction.audit import cells, recording
-from extraction.audit.plan import SCALES, Scale
+from extraction.audit import cells, live, recording
+from extraction.audit.plan import CONTROLS, SCALES, Scale
 from extraction.data import demo
 from extraction.errors import UserError
 from extraction.victims.query_interface import Victim
 from tests.metered import put_meter, read_meter
 
-TINY = Scale(("logits", "probs", "label"), ("noise", "reverse_sigmoid"), (0.3,), 2, 0.5, 0.1, 1, 2, 2, (8, 16))
+TINY = Scale(("logits", "probs", "label"), ("noise", "reverse_sigmoid"), (0.3,), 2, 0.5, 0.1, 1, 3, 2, (8, 16), 64)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,7 @@ def make_config(demo_set, tmp_path_factory):
 def _tiny(monkeypatch):
     monkeypatch.setitem(SCALES, "quick", TINY)
     monkeypatch.setattr(cells, "DAWN_RATE", 0.2)
+    monkeypatch.setattr(live, "SLOPE_DIRECTIONS", 1)
     monkeypatch.setattr(recording, "CHUNK", 16)  # a chunk is what a kill can cost; how it is batched decides the last bits
 
 
@@ -47,6 +48,7 @@ def finished(make_config, tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setitem(SCALES, "quick", TINY)
     patch.setattr(cells, "DAWN_RATE", 0.2)
+    patch.setattr(live, "SLOPE_DIRECTIONS", 1)
     patch.setattr(recording, "CHUNK", 16)
     folder = tmp_path_factory.mktemp("audit")
     patch.setattr(Victim, "query", Victim.query)
@@ -62,14 +64,25 @@ def without_times(text: str, folder: Path) -> dict:
     return found
 
 
+def count_unalarmed(result: dict) -> int:
+    """Students of answers after an alarm that were planned, and that no alarm made another than the undefended one."""
+    return sum(cell["group"] == "alarms" and cell["same_as"] is not None for cell in result["cells"])
+
+
 def test_queries_are_as_planned(finished):
     result, _, metered = finished
     plan = result["plan"]
     assert plan["queries"] == plan["queries_answered"]
-    assert metered == plan["queries"] + plan["honest_clips"] + result["about"]["num_val_videos"]
+    attacks = [cell for cell in result["cells"] if cell["group"] == "live"]
+    assert sum(cell["num_queries"] for cell in attacks) == plan["live_queries"]
+    assert {cell["attacker"] for cell in attacks} == {*CONTROLS, *CONTROLS.values()}
+    looks = 4 * 8 * (1 + 1) * sum("slopes" in cell for cell in attacks)  # the owner's, of a batch each
+    owners = plan["honest_clips"] + result["about"]["num_val_videos"] + looks
+    assert metered == plan["queries"] + plan["live_queries"] + owners
     assert max(plan["budgets"]) <= plan["queries"]
     assert plan["cells"] == len(result["cells"])
-    assert plan["students"] == sum(cell.get("same_as") is None for cell in result["cells"])
+    trained = sum(cell.get("same_as") is None for cell in result["cells"]) - len(attacks)
+    assert plan["students"] == trained + count_unalarmed(result)
 
 
 def test_the_report_has_every_cell_and_its_verdict_names_rows_that_are_there(finished):
@@ -83,6 +96,9 @@ def test_the_report_has_every_cell_and_its_verdict_names_rows_that_are_there(fin
     for sentence in result["verdict"]:
         assert sentence["row"] in [row["row"] for row in result["tables"][sentence["table"]]]
         assert sentence["text"] in markdown
+    for row in result["review"]:
+        assert row["rests_on"] in [each["row"] for each in result["tables"][row["table"]]]
+        assert row["answer"] in markdown
     assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", html)
     assert [row["row"] for row in result["tables"]["ownership"]][:3] == ["clone", "clone of labels", "cleaned clone"]
     for name in result["tables"]:
@@ -111,7 +127,7 @@ def test_a_killed_audit_goes_on_to_the_same_report(finished, make_config, tmp_pa
     monkeypatch.setattr(cells, "train_student", lambda *args: trained.append(args) or real(*args))
     audit.main(make_config(tmp_path / "run"))
     already = [path for path in written if not json.loads(path.read_text())["same_as"]]
-    assert len(trained) == result["plan"]["students"] - len(already)
+    assert len(trained) == result["plan"]["students"] - count_unalarmed(result) - len(already)
     ours, theirs = (without_times((where / "report.json").read_text(), where) for where in (tmp_path / "run", folder))
     assert ours == theirs
     before = (tmp_path / "run" / "report.json").read_text()

@@ -6,7 +6,7 @@ from scipy.stats import binom
 
 from extraction.victims import ownership
 from extraction.victims.defences import draw, read_record, watermark
-from extraction.victims.ownership import count_false_claims, verify
+from extraction.victims.ownership import count_false_claims, fit_conferred, verify, verify_conferred
 
 NUM_CLASSES, NUM_FEATURES = 12, 10
 
@@ -84,3 +84,49 @@ def test_what_cannot_be_tested_gets_one_line(error_line, tmp_path):
 def test_a_damaged_record_of_a_defence_gets_one_line(error_line):
     assert "what a defence remembers is damaged" in error_line(read_record, b"noise")
     assert "what a defence remembers is damaged" in error_line(read_record, None)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict:
+    """A victim's top classes on held-out inputs, those of 4 clones and of 12 innocent models, and which half is fitted to."""
+    victim = train(*draw_data(300, 1), seed=0, hidden=30, steps=150)  # it has mistakes of its own
+    queries, held_out = draw_data(3000, 2)[0], draw_data(2000, 3)[0]
+
+    @torch.no_grad()
+    def tell(model, inputs=held_out):
+        return model(inputs).argmax(1)
+
+    clones = [tell(train(queries, tell(victim, queries), seed=10 + k, hidden=30, steps=150)) for k in range(4)]
+    innocent = [tell(train(*draw_data(300, 20 + k), seed=20 + k, hidden=30, steps=150)) for k in range(12)]
+    return dict(victim=tell(victim), clones=clones, innocent=innocent, to_fit=torch.arange(2000) % 2 == 0)
+
+
+def test_conferred_clips_tell_clones_from_innocent_models_that_they_were_not_chosen_by(models):
+    victim, (clones, suspects), (nulls, others) = (
+        models["victim"], (models["clones"][:2], models["clones"][2:]), (models["innocent"][:4], models["innocent"][4:]),
+    )  # fmt: skip
+    conferred = fit_conferred(victim, clones, nulls, models["to_fit"])
+    assert len(conferred.places) >= 20
+    assert not models["to_fit"][conferred.places].any()
+    assert all(verify_conferred(suspect, victim, conferred).p < 1e-3 for suspect in suspects)
+    claims = [verify_conferred(other, victim, conferred) for other in others]
+    assert sum(claim.p < 1e-3 for claim in claims) == 0
+    # Chosen by them an innocent model agrees nowhere; what it repeats elsewhere is measured, and bounds most of the others.
+    assert verify_conferred(nulls[0], victim, conferred).repeated == 0.0
+    assert 0 < sum(claim.repeated for claim in claims) / len(claims) < conferred.null
+
+
+def test_what_is_measured_of_innocent_models_is_not_where_suspects_are_tested(models):
+    victim, clones, nulls, to_fit = models["victim"], models["clones"][:2], models["innocent"][:4], models["to_fit"]
+    before = fit_conferred(victim, clones, nulls, to_fit)
+    changed = [torch.where(to_fit, null, -1) for null in nulls]  # nothing is known of them in the other half
+    after = fit_conferred(victim, clones, changed, to_fit)
+    assert after.null == before.null
+    assert len(after.places) > len(before.places)
+
+
+def test_conferred_clips_want_models_to_choose_by(models, error_line):
+    victim, clones, nulls, to_fit = models["victim"], models["clones"], models["innocent"], models["to_fit"]
+    assert "a clone at least and two models" in error_line(fit_conferred, victim, [], nulls, to_fit)
+    assert "a clone at least and two models" in error_line(fit_conferred, victim, clones, nulls[:1], to_fit)
+    assert error_line(fit_conferred, victim, clones, [victim, victim], to_fit).startswith("no clip is conferred")
