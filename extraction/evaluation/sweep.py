@@ -48,8 +48,8 @@ _stopped: set[str] = set()  # sweeps
 class Step(NamedTuple):
     """One script of a cell."""
 
-    name: str  # when it has failed
-    title: str  # when it starts
+    name: str  # in the line of those that failed
+    title: str  # in the lines of its start and its end
     folder: str  # its run folder
     command: tuple[str, ...]  # the script and its flags; `{node}` stands for the machine's name
 
@@ -69,9 +69,10 @@ def run_cells(cells: Sequence[Sequence[Step]], jobs: int = 1, cluster: str | Non
     sweep = uuid.uuid4().hex
     engine = _open_machine(jobs, sweep) if cluster is None else _open_cluster(cluster, sweep)
     failed: list[str] = []
+    futures: dict[Future, Sequence[Step]] = {}
     with _terminable(), engine as (submit, stop):
-        futures = {submit(steps): steps for steps in cells}
         try:
+            futures.update((submit(steps), steps) for steps in cells)
             alone = cluster is None and jobs == 1
             for future in tqdm(as_completed(futures), "cells", len(cells), unit="cell", dynamic_ncols=True, disable=alone):
                 if cluster is None:
@@ -93,11 +94,11 @@ def run_cells(cells: Sequence[Sequence[Step]], jobs: int = 1, cluster: str | Non
 
 def _name_failed(future: Future, steps: Sequence[Step]) -> list[str]:
     """The steps of a cell that failed: all, if the engine could not run it."""
-    error = future.exception()
-    if error is None:
+    try:
         return future.result()
-    tqdm.write(printable(f"{steps[0].title}: not run to its end ({type(error).__name__}: {error})"))
-    return [step.name for step in steps]
+    except Exception as error:  # CancelledError, which says nothing: the engine itself is gone
+        tqdm.write(printable(f"{steps[0].title}: not run to its end ({type(error).__name__} {error})"))
+        return [step.name for step in steps]
 
 
 @contextlib.contextmanager
@@ -168,7 +169,8 @@ def _open_cluster(address: str, sweep: str) -> Iterator[tuple[Callable[..., Futu
         submit = client.get_executor(pure=False).submit
 
         def stop(at_once: bool = False) -> None:  # a node that hangs may not make the others wait
-            thread = threading.Thread(target=client.run, args=(stop_sweep, sweep, at_once), daemon=True)
+            tell = partial(client.run, stop_sweep, sweep, at_once, on_error="ignore")
+            thread = threading.Thread(target=tell, daemon=True)
             thread.start()
             thread.join(ANSWER_SECONDS / 2)
 
@@ -199,6 +201,8 @@ def run_steps(
     failed = []
     node = socket.gethostname()
     for step in steps:
+        if sweep in _stopped:
+            break
         log = Path(folder, step.folder, "log.txt")
         if say is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
