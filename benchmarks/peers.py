@@ -14,20 +14,18 @@ epoch and writes its ledger. `KnockoffNets` adaptive draws clips with replacemen
 step on each clip as it comes before its epochs: the column "steps" counts. Its bandit's arms are the folders of the clips; its
 reward is the certainty of answers, for that of "loss" would take the softmax of probabilities.
 
-Seconds are wall-clock from before victim and clips are loaded (ours: from the start of Python) to the saved student; peak
-memory is that of the process. Each run is a process of its own. What is done is not run again; writes table.md.
+Seconds are wall-clock from before victim and clips are loaded (ours: from the start of Python) to the saved student, and mean
+little with `--jobs`; peak memory is that of the process. Each run is a process of its own. What is done is not run again;
+writes table.md.
 """
 
 import importlib.util
 import json
 import resource
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +41,7 @@ from extraction.data.folders import find_aux_videos, find_videos
 from extraction.errors import UserError
 from extraction.evaluation.results import format_table, read_run
 from extraction.evaluation.suite import describe_spread, score_unseen
+from extraction.evaluation.sweep import Step, run_cells
 from extraction.experiment import run_script
 from extraction.runs import current_commit
 from extraction.students import Student, create_student
@@ -63,7 +62,7 @@ METHODS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(options.SweepOptions):
     only: tuple[str, ...] = ()
     """Run only these of art_knockoff_random, art_copycat, art_knockoff_adaptive, ml_doctor, ours_probs, ours_label."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -84,6 +83,8 @@ class Config:
     """Unrelated videos."""
     out_dir: str = "runs/peers"
     """Folder of all runs."""
+    here: bool = False
+    """Run in this process, and write no table: what the other processes are started with."""
 
 
 class CountedVictim(nn.Module):
@@ -191,11 +192,23 @@ def build_command(config: Config, method: str, seed: int, folder: Path) -> list[
 def run_ours(config: Config, method: str, seed: int, folder: Path) -> None:
     """Run our script; `folder` is its run folder."""
     started = time.monotonic()
-    subprocess.run(build_command(config, method, seed, folder), check=True)
+    command = tuple(build_command(config, method, seed, folder)[1:])
+    if run_cells([[Step(method, f"{method}, seed {seed}", str(folder), command)]]):
+        raise UserError(f"{method} (seed {seed}) failed; run the same again to try it once more")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     asked = json.loads((folder / "results.json").read_text())["num_queries"]
     steps = config.epochs * -(-asked // config.batch_size)
     write_json(folder / "measured.json", dict(seconds=time.monotonic() - started, steps=steps, peak_mb=peak))
+
+
+def plan_step(config: Config, method: str, seed: int) -> Step:
+    """One run, in a process of its own."""
+    constants = ["--budget", config.budget, "--epochs", config.epochs, "--batch-size", config.batch_size, "--lr", config.lr]
+    data = ["--in-domain", config.in_domain, "--aux", *config.aux, "--out-dir", config.out_dir]
+    ours = [f"--ours={config.ours}"] if config.ours else []
+    command = [__file__, "--here", "--only", method, "--seeds", seed, *constants, *data, *ours]
+    name = f"{method} (seed {seed})"
+    return Step(name, f"[{name}]", f"{config.out_dir}/seed_{seed}/{method}", tuple(str(part) for part in command))
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -230,18 +243,18 @@ def main(config: Config) -> str:
         raise UserError("the Adversarial Robustness Toolbox is not installed: pip install -e '.[peers]'")
     if config.in_domain == Config.in_domain:
         write_demo_set("datasets/demo", ATTACK_SPLITS)
-    for seed in config.seeds:
-        for method in methods:
-            folder = Path(config.out_dir) / f"seed_{seed}" / method
-            if not (folder / "measured.json").is_file():
-                folder.mkdir(parents=True, exist_ok=True)
-                run: Callable[..., None] = run_ours if method.startswith("ours") else run_peer
-                process = get_context("spawn").Process(target=run, args=(config, method, seed, folder))
-                process.start()
-                process.join()
-                if process.exitcode:
-                    raise UserError(f"{method} (seed {seed}) failed; run the same again to try it once more")
-            score_unseen(folder)
+    folders = {(method, seed): Path(config.out_dir) / f"seed_{seed}" / method for seed in config.seeds for method in methods}
+    missing = [cell for cell, folder in folders.items() if not (folder / "measured.json").is_file()]
+    if config.here:
+        for method, seed in missing:
+            folders[method, seed].mkdir(parents=True, exist_ok=True)
+            (run_ours if method.startswith("ours") else run_peer)(config, method, seed, folders[method, seed])
+        return ""
+    failed = run_cells([[plan_step(config, *cell)] for cell in missing], config.jobs, config.cluster)
+    if failed:
+        raise UserError(f"failed: {', '.join(failed)}; run the same again to try these once more")
+    for folder in folders.values():
+        score_unseen(folder)
     table = tabulate(config, methods)
     print(f"\n{table}")
     return table

@@ -32,7 +32,7 @@ STUDENTS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(options.VictimFileOptions):
+class Config(options.SweepOptions, options.VictimFileOptions):
     victim: str = "movinet_a0_stream_k600"
     """The model under attack, as in every script."""
     web: str = "datasets/web_video"
@@ -100,7 +100,8 @@ def build_experiment(config: Config, data: Path, attack: str, student: str, budg
         flags = ["--aux", data / "web", *robot, "--clip-interval", 6]
         flags += ["--num-clips", budget // views, "--views-per-clip", views, "--epochs", config.epochs * views]
         flags += ["--head-lr", config.lr, "--body-lr", body_lr]
-    victim = ["--victim", config.victim, "--victim-record", Path(config.out_dir) / "victim.record"]
+    record = "victim_{node}.record" if config.cluster else "victim.record"  # which machines cannot share
+    victim = ["--victim", config.victim, "--victim-record", Path(config.out_dir) / record]
     for flag in ("victim_weights", "victim_classes", "victim_about"):
         if getattr(config, flag) is not None:
             victim += [f"--{flag.replace('_', '-')}", getattr(config, flag)]
@@ -123,6 +124,7 @@ def divide_videos(config: Config, out_dir: Path) -> None:
 
 
 def main(config: Config) -> str:
+    options.check_options(config)
     for flag, given, known in (("attacks", config.attacks, ATTACKS), ("students", config.students, STUDENTS)):
         if unknown := set(given) - set(known):
             raise UserError(f"--{flag}: none is called {min(unknown)}; there are {', '.join(known)}")
@@ -133,7 +135,7 @@ def main(config: Config) -> str:
     cells = [(a, s, b) for b in config.budgets for s in config.students for a in config.attacks]
     experiments = [build_experiment(config, out_dir / "data", *cell) for cell in cells]
     try:
-        return run_all(experiments, out_dir, False, config.seeds)
+        return run_all(experiments, out_dir, False, config.seeds, jobs=config.jobs, cluster=config.cluster)
     finally:
         curves: dict[str, dict[int, list[float]]] = {}
         for attack, student, budget in cells:

@@ -1,13 +1,15 @@
-"""Every black-box experiment, one after the other, ending in their table with our numbers beside the published.
+"""Every black-box experiment, ending in their table with our numbers beside the published.
 
     python black_box/run_all.py --demo
     python black_box/run_all.py --demo --seeds 0 1 2
+    python black_box/run_all.py --seeds 0 1 2 --jobs 4
 
 What is finished is not run again; after an interruption the same command goes on. Writes `table.md` and `table.png`.
 """
 
 from dataclasses import dataclass
 
+from extraction import options
 from extraction.evaluation.suite import Experiment, run_all
 from extraction.experiment import run_script
 
@@ -26,7 +28,7 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(options.SweepOptions):
     seeds: tuple[int, ...] = (0,)
     """Random seeds; with several, the table has their mean and standard deviation."""
     only: tuple[str, ...] = ()
@@ -45,9 +47,20 @@ DEMO = dict(demo=True, out_dir="runs/black_box_demo")
 
 
 def main(config: Config) -> str:
+    options.check_options(config)
     experiments = [Experiment(name, f"black_box/{name}.py", published) for name, published in PUBLISHED.items()]
     document = "black_box/run_all.py" if config.write_docs else None
-    return run_all(experiments, config.out_dir, config.demo, config.seeds, config.only, document, config.against)
+    return run_all(
+        experiments,
+        config.out_dir,
+        config.demo,
+        config.seeds,
+        config.only,
+        document,
+        config.against,
+        config.jobs,
+        config.cluster,
+    )
 
 
 if __name__ == "__main__":

@@ -116,6 +116,16 @@ class Options(ComputeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """How the many runs of a table are handed out."""
+
+    jobs: Count = 1
+    """Runs at a time on this machine, each with its share of the cores, and a GPU in turn if there are some."""
+    cluster: str | None = None
+    """Address of a Dask scheduler (tcp://HOST:8786) whose nodes run them instead, over a shared folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class VictimFileOptions:
     """The files that a victim is opened from."""
 

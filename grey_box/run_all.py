@@ -1,13 +1,15 @@
-"""Every grey-box experiment, one after the other, ending in their table with our numbers beside the published.
+"""Every grey-box experiment, ending in their table with our numbers beside the published.
 
     python grey_box/run_all.py --demo
     python grey_box/run_all.py --demo --seeds 0 1 2
+    python grey_box/run_all.py --seeds 0 1 2 --jobs 4
 
 What is finished is not run again; after an interruption the same command goes on. Writes `table.md` and `table.png`.
 """
 
 from dataclasses import dataclass
 
+from extraction import options
 from extraction.evaluation.suite import Experiment, run_all
 from extraction.experiment import run_script
 
@@ -46,7 +48,7 @@ def list_experiments(demo: bool) -> list[Experiment]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(options.SweepOptions):
     seeds: tuple[int, ...] = (0,)
     """Random seeds; with several, the table has their mean and standard deviation."""
     only: tuple[str, ...] = ()
@@ -65,9 +67,18 @@ DEMO = dict(demo=True, out_dir="runs/grey_box_demo")
 
 
 def main(config: Config) -> str:
+    options.check_options(config)
     document = "grey_box/run_all.py" if config.write_docs else None
     return run_all(
-        list_experiments(config.demo), config.out_dir, config.demo, config.seeds, config.only, document, config.against
+        list_experiments(config.demo),
+        config.out_dir,
+        config.demo,
+        config.seeds,
+        config.only,
+        document,
+        config.against,
+        config.jobs,
+        config.cluster,
     )
 
 

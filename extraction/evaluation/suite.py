@@ -1,9 +1,7 @@
-"""Many experiments one after the other, and the table of what came out, as Markdown and as a picture."""
+"""Many experiments, one after the other or several at a time, and the table of what came out, as Markdown and as a picture."""
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,6 +17,7 @@ from extraction.errors import UserError, printable
 from extraction.evaluation.plots import draw_bars
 from extraction.evaluation.results import SCORES, UNSEEN_SCORES, count_queries, describe_difference, percent, read_run
 from extraction.evaluation.scoring import name_clips, predict_videos, score
+from extraction.evaluation.sweep import Step, run_cells
 from extraction.students import load_student
 from extraction.victims.zoo import load_model
 from extraction.weights import read_state, save_weights, write_text
@@ -59,13 +58,16 @@ def run_all(
     only: Sequence[str] = (),
     document: str | None = None,
     against: str | None = None,
+    jobs: int = 1,
+    cluster: str | None = None,
 ) -> str:
     """Run every experiment with every seed, each in a process and a run folder of its own: `out_dir/seed_0/name`.
 
     What is finished is not run again; what was interrupted, or ended by its query budget, goes on. In the demo each student is
     scored on the unseen videos too. Writes and prints the table, and returns it; `document` names a script between whose
     markers docs/results.md gets the table. `only` names the experiments to take, `against` the one that the table compares the
-    others with. Raises UserError for a name that is none, and at the end, with their names, when experiments failed; the others
+    others with. `jobs` and `cluster` are those of `run_cells`: a cell is an experiment and what builds on it, of one seed.
+    Raises UserError for a name that is none, and at the end, with their names, when experiments failed; the others
     are in the table all the same.
     """
     if not seeds:
@@ -74,18 +76,25 @@ def run_all(
     if unknown:
         raise UserError(f"no experiment is called {min(unknown)}; there are {', '.join(e.name for e in experiments)}")
     experiments = [experiment for experiment in experiments if not only or experiment.name in only]
-    failed = []
-    for seed in seeds:
+    chains, alone = _chain(experiments), jobs == 1 and cluster is None
+    numbers = {experiment.name: number for number, experiment in enumerate(experiments, 1)}
+
+    def plan_step(seed: int, experiment: Experiment) -> Step:
+        name, script, _, flags = experiment
         runs = Path(out_dir) / f"seed_{seed}"
-        for number, (name, script, _, flags) in enumerate(experiments, 1):
-            if _is_done(runs / name):
-                continue
-            print(f"\n[seed {seed}, {number} of {len(experiments)}] {script} {printable(' '.join(flags))}", flush=True)
-            given = [*(["--demo"] if demo else []), *(flag.replace("{runs}", str(runs)) for flag in flags)]
-            shared = ["--clip-cache", Path(out_dir) / "clip_cache"]  # of all seeds
-            command = [sys.executable, PROJECT / script, "--out-dir", runs / name, "--seed", seed, *shared, *given]
-            if subprocess.run([str(part) for part in command]).returncode:
-                failed.append(f"{name} (seed {seed})")
+        about = f"{script} {printable(' '.join(flags))}" if alone else name
+        given = [*(["--demo"] if demo else []), *(flag.replace("{runs}", str(runs)) for flag in flags)]
+        shared = ["--clip-cache", Path(out_dir) / "clip_cache"]  # of all seeds
+        command = [PROJECT / script, "--out-dir", runs / name, "--seed", seed, *shared, *given]
+        title = f"[seed {seed}, {numbers[name]} of {len(experiments)}] {about}"
+        return Step(f"{name} (seed {seed})", title, str(runs / name), tuple(str(part) for part in command))
+
+    cells = [
+        [plan_step(seed, e) for e in chain if not _is_done(Path(out_dir) / f"seed_{seed}" / e.name)]
+        for seed in seeds
+        for chain in chains
+    ]
+    failed = run_cells([cell for cell in cells if cell], jobs, cluster)
     if demo:
         for seed in seeds:
             for experiment in experiments:
@@ -167,6 +176,16 @@ def write_table(
     }
     draw_bars(out_dir / "table.png", bars, some["chance_top1"])
     return text
+
+
+def _chain(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
+    """The experiments in chains: what needs a file of another one's run comes after it, in the same chain."""
+    chains: list[list[Experiment]] = []
+    for experiment in experiments:
+        needed = set(re.findall(r"{runs}/([^/]+)", " ".join(experiment.flags)))
+        before = [chain for chain in chains if needed & {other.name for other in chain}]
+        chains = [chain for chain in chains if chain not in before] + [[*(e for chain in before for e in chain), experiment]]
+    return chains
 
 
 def _is_done(folder: Path) -> bool:

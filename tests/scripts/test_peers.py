@@ -73,6 +73,13 @@ def test_ours_has_the_peers_constants(demo_set, tmp_path):
     assert (ours.num_frames, ours.size, ours.size) == peers.SHAPE[1:]
 
 
+def test_a_run_of_its_own_has_the_same_constants(demo_set, tmp_path):
+    config = configure(demo_set, tmp_path, ours="--schedule one_cycle", jobs=2)
+    _, *flags = peers.plan_step(config, "ours_label", 3).command
+    given = options.parse_options(peers.Config, peers.Config(), "", flags)
+    assert given == peers.Config(**vars(config) | dict(only=("ours_label",), seeds=(3,), here=True, jobs=1))
+
+
 def test_a_method_that_is_none_and_a_toolbox_that_is_not_there_get_one_line(demo_set, tmp_path, monkeypatch, error_line):
     assert "none is called nonsense" in error_line(peers.main, configure(demo_set, tmp_path, only=("nonsense",)))
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
