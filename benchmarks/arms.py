@@ -1,7 +1,7 @@
 """The table of arms: what each change of the training recipe is worth at equal queries, alone and together.
 
-    python benchmarks/arms.py --group grey_box --seeds 0 1 2
-    python benchmarks/arms.py --group grey_box --seeds 0 1 2 3 4 --split unseen --only plain best
+    python benchmarks/arms.py --group grey_box --seeds 0 1 2 --jobs 2
+    python benchmarks/arms.py --group grey_box --seeds 0 1 2 3 4 --split unseen --only plain cycle_logits
 
 The demo's victim, clips and students; an arm is the script of its group with flags more, and asks the same queries. Constants
 are chosen on the 600 `tune` videos (the default here: runs then see no others); `--split unseen` scores on the 240 and the
@@ -11,6 +11,7 @@ are chosen on the 600 `tune` videos (the default here: runs then see no others);
 from dataclasses import dataclass
 from typing import Literal
 
+from extraction import options
 from extraction.errors import UserError
 from extraction.evaluation.suite import Experiment, run_all, write_tune_set
 from extraction.experiment import run_script
@@ -54,7 +55,7 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(options.SweepOptions):
     group: Literal["grey_box", "grey_box_once", "label_only"] = "grey_box"
     """Whose arms: distillation for 10 560 queries, or of each clip once (2 640); labels of moving pictures (4 200)."""
     only: tuple[str, ...] = ()
@@ -68,6 +69,7 @@ class Config:
 
 
 def main(config: Config) -> str:
+    options.check_options(config)
     script, shared, arms = GROUPS[config.group]
     if unknown := set(config.only) - set(arms):
         raise UserError(f"--only {min(unknown)}: the arms of {config.group} are {', '.join(arms)}")
@@ -76,9 +78,9 @@ def main(config: Config) -> str:
     experiments = [Experiment(name, script, "-", (*scored, *shared, *flags)) for name, flags in arms.items()]
     first = next(iter(arms))
     against = first if not config.only or first in config.only else None
-    return run_all(
-        experiments, f"{config.out_dir}/{config.group}_{config.split}", not tuning, config.seeds, config.only, None, against
-    )
+    out_dir = f"{config.out_dir}/{config.group}_{config.split}"
+    sweep = dict(jobs=config.jobs, cluster=config.cluster)
+    return run_all(experiments, out_dir, not tuning, config.seeds, config.only, None, against, **sweep)
 
 
 if __name__ == "__main__":

@@ -51,16 +51,9 @@ def main(config: Config) -> str:
     experiments = [Experiment(name, f"black_box/{name}.py", published) for name, published in PUBLISHED.items()]
     document = "black_box/run_all.py" if config.write_docs else None
     return run_all(
-        experiments,
-        config.out_dir,
-        config.demo,
-        config.seeds,
-        config.only,
-        document,
-        config.against,
-        config.jobs,
-        config.cluster,
-    )
+        experiments, config.out_dir, config.demo, config.seeds, config.only, document, config.against,
+        jobs=config.jobs, cluster=config.cluster,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

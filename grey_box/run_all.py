@@ -70,16 +70,9 @@ def main(config: Config) -> str:
     options.check_options(config)
     document = "grey_box/run_all.py" if config.write_docs else None
     return run_all(
-        list_experiments(config.demo),
-        config.out_dir,
-        config.demo,
-        config.seeds,
-        config.only,
-        document,
-        config.against,
-        config.jobs,
-        config.cluster,
-    )
+        list_experiments(config.demo), config.out_dir, config.demo, config.seeds, config.only, document, config.against,
+        jobs=config.jobs, cluster=config.cluster,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
