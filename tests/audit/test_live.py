@@ -67,7 +67,7 @@ def meter(monkeypatch) -> list[tuple[str, int]]:
     return answered
 
 
-@pytest.mark.parametrize("attacker", [DATA_FREE, AT_REST, CRAFTED, OWN_VIEWS])
+@pytest.mark.parametrize("attacker", [DATA_FREE, pytest.param(AT_REST, marks=pytest.mark.slow), CRAFTED, OWN_VIEWS])
 def test_a_live_attack_spends_its_budget_and_its_bill_is_what_was_answered(attacker, make_live, meter, tmp_path):
     result = make_live(tmp_path).run(Cell(group="live", attacker=attacker, wire="uint8", budget=BUDGET))
     assert result["num_queries"] == sum(count for _, count in meter) == BUDGET
@@ -76,7 +76,10 @@ def test_a_live_attack_spends_its_budget_and_its_bill_is_what_was_answered(attac
     assert ("slopes" in result) == (attacker in (DATA_FREE, AT_REST))
 
 
-@pytest.mark.parametrize(("attacker", "of", "step"), [(DATA_FREE, Attacker, "step_replay"), (CRAFTED, Training, "step")])
+@pytest.mark.parametrize(
+    ("attacker", "of", "step"),
+    [pytest.param(DATA_FREE, Attacker, "step_replay", marks=pytest.mark.slow), (CRAFTED, Training, "step")],
+)
 def test_a_killed_attack_goes_on_without_asking_again(attacker, of, step, make_live, meter, tmp_path, monkeypatch):
     cell = Cell(group="live", attacker=attacker, wire="float", defence="modelguard_w", strength=0.3, budget=BUDGET)
     whole = make_live(tmp_path / "whole").run(cell)

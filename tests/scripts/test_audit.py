@@ -105,6 +105,7 @@ def test_the_report_has_every_cell_and_its_verdict_names_rows_that_are_there(fin
         assert len((folder / f"{name}.csv").read_text().splitlines()) == len(result["tables"][name]) + 1
 
 
+@pytest.mark.slow  # a student that is killed: tests/audit/test_students.py; an attack that runs live: test_live.py
 def test_a_killed_audit_goes_on_to_the_same_report(finished, make_config, tmp_path, monkeypatch):
     result, folder, _ = finished
     written: list[Path] = []
