@@ -11,7 +11,8 @@ some directions, student steps on fresh clips, and replay steps on kept ones.
 
 The iteration of 2022: float32, eager, torchvision's Swin as it is, one forward of victim and student for each direction,
 every clip kept for replay as float in a list that grows for ever and moved to the device for each step, every loss read.
-Ours is `extraction.attacks.data_free.Attacker` with its ledger. Published victims get random weights: they are as fast.
+Ours is `extraction.attacks.data_free.Attacker` with its ledger. `networks` is its floor: our victim and the student alone, as
+often, on clips that are there, without the generator. Published victims get random weights: they are as fast.
 """
 
 import json
@@ -190,8 +191,39 @@ def build_ours(scale: str, constants: Any, compute: Compute, folder: Path) -> St
     return iterate
 
 
+# --- the floor -------------------------------------------------------------------------------------------------------
+
+
+def build_networks(scale: str, constants: Any, compute: Compute, folder: Path) -> Step:
+    """The networks of ours alone, on the same clips and answers each time: nothing is made, counted or kept."""
+    victim = compute.prepare(bench.create_victim(SCALES[scale]))
+    student, _ = create_networks(constants, len(victim.classes))
+    student = compute.prepare(student).train()
+    optimizer = create_optimizer(constants.optimizer, student.parameters(), constants.student_lr, constants.weight_decay)
+    clips = torch.rand(constants.batch_size, 3, constants.num_frames, constants.size, constants.size, device=compute.device)
+    with torch.no_grad():
+        answers = victim.model(clips).softmax(1)
+
+    def iterate() -> None:
+        with torch.no_grad():
+            for _ in range(constants.generator_steps * (1 + constants.num_directions)):
+                victim.model(clips)
+                student.eval()(clips)
+            for _ in range(constants.student_steps):
+                victim.model(clips)
+        student.train()
+        for _ in range(constants.student_steps + constants.replay_steps):
+            loss = kl_divergence(student(clips), answers)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+    return iterate
+
+
 def list_builds(scale: str, constants: Any, compute: Compute) -> dict[str, Build]:
-    return {name: partial(build, scale, constants, compute) for name, build in (("2022", build_legacy), ("ours", build_ours))}
+    builds = {"2022": build_legacy, "ours": build_ours, "networks": build_networks}
+    return {name: partial(build, scale, constants, compute) for name, build in builds.items()}
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -199,12 +231,12 @@ def list_builds(scale: str, constants: Any, compute: Compute) -> dict[str, Build
 
 def compare_speed(config: Config, scale: str, constants: Any, compute: Compute) -> None:
     rows, seconds = bench.race(list_builds(scale, constants, compute), config, compute.device, __file__)
-    print(f"{'':6} {'queries/s':>10} {'s an iteration':>15} {'x 2022':>7} {'peak memory':>12} {'threads':>8} {'a turn':>7}")
+    print(f"{'':8} {'queries/s':>10} {'s an iteration':>15} {'x 2022':>7} {'peak memory':>12} {'threads':>8} {'a turn':>7}")
     for name, row in rows.items():
         took = statistics.median(seconds[name])
         rate, ratio = count_queries(constants) / took, bench.times_as_fast(seconds, name, "2022")
         memory = bench.describe_bytes(row.memory)
-        print(f"{name:6} {rate:10.2f} {took:15.2f} {ratio:7.2f} {memory:>12} {row.threads:8} {row.steps:7}")
+        print(f"{name:8} {rate:10.2f} {took:15.2f} {ratio:7.2f} {memory:>12} {row.threads:8} {row.steps:7}")
     pixels = 3 * constants.num_frames * constants.size**2
     grows = constants.student_steps * constants.batch_size * 4 * pixels
     print(

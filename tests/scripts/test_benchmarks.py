@@ -130,7 +130,7 @@ def data_free_config():
 def test_data_free_step_prints_rates_of_the_same_queries(data_free_config, capsys):
     data_free_step.main(data_free_config)
     out = capsys.readouterr().out
-    rows = read_rows(out, ("2022", "ours"))
+    rows = read_rows(out, ("2022", "ours", "networks"))
     queries = int(re.search(r"an iteration is (\d+) queries", out)[1])
     assert queries == 2 * (1 + 2 + 5)
     for rate, seconds, ratio in rows.values():
