@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from extraction import distributed
+from extraction import compute, distributed
 from extraction.attacks.losses import answers_to_targets
 from extraction.attacks.recipe import NUM_DRAWS, AveragedWeights, crop_and_erase, mix, one_cycle, seed_step, spread_labels
 from extraction.data.clips import Batch, load_with_pauses, name_once
@@ -129,8 +129,9 @@ class Training:
         loader = load_with_pauses(self.queries.clips, shares, self.num_workers, pin_memory=self.device.type == "cuda")
         batches = prefetch(loader, first, self.order.per_epoch, self._query, self.prefetch_answers)
         self.student.train()
-        with self.run.interruptible(), self._bar, contextlib.closing(batches):
+        with self.run.interruptible(), self._bar, contextlib.closing(batches), self._threads() as choose_threads:
             for loaded, batch in batches:
+                choose_threads(batch.number // self.order.per_epoch)
                 self.broken.extend(loaded.broken)
                 if batch.number == 0 and batch.keys and self.victim is not None:
                     sources = [refs[i].path.parent.name for i in loaded.indices]
@@ -145,6 +146,20 @@ class Training:
                 if self._batch.exhausted:
                     break
         self.broken = name_once(distributed.gather(self.broken))
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[Callable[[int], None]]:
+        """Within it, what chooses PyTorch's threads for an epoch: all for the student once no answer and no clip is new.
+
+        Before, the victim and the loader's workers have cores of their own. The number of threads decides how sums are
+        rounded, so it follows from the epoch alone and not from what is cached: a run goes on to the same bits.
+        """
+        shared, views = torch.get_num_threads(), self.queries.views_per_clip
+        everything = compute.ALL_THREADS if distributed.num_processes() == 1 else shared
+        try:
+            yield lambda epoch: torch.set_num_threads(shared if views is None or epoch < views else everything)
+        finally:
+            torch.set_num_threads(shared)
 
     def vary(self, batch: AnsweredBatch) -> AnsweredBatch:
         """`batch` as the student is shown it: cropped, erased and mixed, deterministic in (seed, batch); itself without these.

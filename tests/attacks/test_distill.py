@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import eval_only
-from extraction.attacks.distill import AnsweredBatch, prefetch
+from extraction import compute
+from extraction.attacks.distill import AnsweredBatch, Training, prefetch
 from extraction.data import clips
 from extraction.data.clips import Batch
 from extraction.errors import UserError
@@ -132,6 +133,15 @@ def test_no_more_workers_than_cores(monkeypatch, recwarn):
 
 def test_views_per_clip_bounds_the_queries(config):
     assert swin_to_r21_kd.main(dataclasses.replace(config, epochs=3, views_per_clip=1))["num_queries"] == 76
+
+
+def test_the_student_has_all_threads_once_nothing_is_new(config, monkeypatch):
+    monkeypatch.setattr(compute, "ALL_THREADS", 2)
+    seen, step = [], Training.step
+    monkeypatch.setattr(Training, "step", lambda training, loss: seen.append(torch.get_num_threads()) or step(training, loss))
+    swin_to_r21_kd.main(dataclasses.replace(config, epochs=3, views_per_clip=2))
+    assert seen == [1] * 10 + [2] * 5
+    assert torch.get_num_threads() == 1
 
 
 def test_a_second_run_over_a_full_ledger_asks_nothing_and_needs_no_weights(config, tmp_path, monkeypatch):
