@@ -14,8 +14,6 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # wrong guess. Estimated from published figures: Swin-B in bf16 on an H200 goes from 110 clips/s to 163.5 compiled,
 # 47 ms a batch of 16, and compiling to take a minute or more.
 COMPILE_AFTER = 1000
-# PyTorch's threads as this process was started, before it leaves some to others. OMP_NUM_THREADS sets them.
-ALL_THREADS = torch.get_num_threads()
 
 
 Model = TypeVar("Model", bound=nn.Module)

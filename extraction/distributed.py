@@ -26,6 +26,9 @@ from tqdm import tqdm
 
 from extraction.errors import UserError
 
+# PyTorch's threads of this process, before it leaves some to others: OMP_NUM_THREADS, or its share of the cores.
+ALL_THREADS = torch.get_num_threads()
+
 
 def start(device: str = "auto") -> None:
     """Join the other processes of this run, if a launcher started several. UserError: the device can't be shared."""
@@ -33,9 +36,11 @@ def start(device: str = "auto") -> None:
         return
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {device}: several processes take the GPUs in order; pass auto or cpu")
+    global ALL_THREADS
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        ALL_THREADS = int(os.environ["OMP_NUM_THREADS"])
+        torch.set_num_threads(ALL_THREADS)
     on_gpus, own = device != "cpu" and torch.cuda.is_available(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if on_gpus and own > torch.cuda.device_count():
         raise UserError(f"{own} processes for {torch.cuda.device_count()} GPUs: start one for each, or pass --device cpu")

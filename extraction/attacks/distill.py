@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
-from extraction import compute, distributed
+from extraction import distributed
 from extraction.attacks.losses import answers_to_targets
 from extraction.attacks.recipe import NUM_DRAWS, AveragedWeights, crop_and_erase, mix, one_cycle, seed_step, spread_labels
 from extraction.data.clips import Batch, load_with_pauses, name_once
@@ -155,9 +155,8 @@ class Training:
         rounded, so it follows from the epoch alone and not from what is cached: a run goes on to the same bits.
         """
         shared, views = torch.get_num_threads(), self.queries.views_per_clip
-        everything = compute.ALL_THREADS if distributed.num_processes() == 1 else shared
         try:
-            yield lambda epoch: torch.set_num_threads(shared if views is None or epoch < views else everything)
+            yield lambda epoch: torch.set_num_threads(shared if views is None or epoch < views else distributed.ALL_THREADS)
         finally:
             torch.set_num_threads(shared)
 

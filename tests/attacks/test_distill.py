@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import eval_only
-from extraction import compute
+from extraction import distributed
 from extraction.attacks.distill import AnsweredBatch, Training, prefetch
 from extraction.data import clips
 from extraction.data.clips import Batch
@@ -136,7 +136,7 @@ def test_views_per_clip_bounds_the_queries(config):
 
 
 def test_the_student_has_all_threads_once_nothing_is_new(config, monkeypatch):
-    monkeypatch.setattr(compute, "ALL_THREADS", 2)
+    monkeypatch.setattr(distributed, "ALL_THREADS", 2)
     seen, step = [], Training.step
     monkeypatch.setattr(Training, "step", lambda training, loss: seen.append(torch.get_num_threads()) or step(training, loss))
     swin_to_r21_kd.main(dataclasses.replace(config, epochs=3, views_per_clip=2))
