@@ -7,12 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for the scr
 # For them too: this checkout's package, whichever one the environment has.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 
-import runpy
 import struct
-import subprocess
-import sys
-import tempfile
-import traceback
 from collections.abc import Callable
 
 import numpy as np
@@ -46,42 +41,6 @@ def error_line() -> Callable[..., str]:
         return str(caught.value)
 
     return find_line
-
-
-@pytest.fixture(scope="session")
-def run_module() -> Callable[..., subprocess.CompletedProcess]:
-    """`run_module(cwd, "extraction.victims.ledger", "count", ...)`: what `python -m` does, with its output.
-
-    In a fork of this process, which has imported PyTorch: a fresh one would take seconds for that.
-    """
-
-    def run(cwd: Path, name: str, *given: object) -> subprocess.CompletedProcess:
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            child = os.fork()
-            if not child:
-                status = 1
-                try:
-                    os.chdir(cwd)
-                    for stream, number in ((out, 1), (err, 2)):
-                        os.dup2(stream.fileno(), number)
-                    sys.stdout, sys.stderr = (os.fdopen(number, "w") for number in (1, 2))
-                    sys.argv[:] = [name, *map(str, given)]
-                    sys.modules.pop(name, None)
-                    runpy.run_module(name, run_name="__main__", alter_sys=True)
-                    status = 0
-                except SystemExit as end:
-                    status = int(end.code or 0)
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    sys.stdout.flush()
-                    sys.stderr.flush()
-                    os._exit(status)
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            texts = [stream.seek(0) or stream.read() for stream in (out, err)]
-        return subprocess.CompletedProcess([name, *given], status, *texts)
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,20 @@
 """Two processes on one machine do what one does: the same losses, as many queries, and a line when one of them is gone."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import accelerate  # noqa: F401 (here for all forks at once: each takes seconds)
 import pytest
 import torch
+import torchvision  # noqa: F401
 
 from extraction.distributed import SyncBatchNorm
 from extraction.victims import ledger
 from extraction.weights import read_checkpoint, read_state
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[1]
 KD, MAZE = "grey_box/swin_to_r21_kd.py", "black_box/attack_video_swin.py"
@@ -26,25 +26,16 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(script: str, out_dir: Path, flags: list, num_processes: int = 2) -> list[subprocess.Popen]:
+def start(script: str, out_dir: Path, flags: list, num_processes: int = 2) -> list[Forked]:
     """What torchrun does, so that each process can be watched and killed."""
-    command = [sys.executable, str(ROOT / script), "--demo", "--device", "cpu", "--out-dir", str(out_dir)]
+    command = [script, "--demo", "--device", "cpu", "--out-dir", out_dir, *flags]
     place = dict(WORLD_SIZE=num_processes, LOCAL_WORLD_SIZE=num_processes, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    return [
-        subprocess.Popen(
-            [*command, *map(str, flags)],
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {name: str(value) for name, value in (place | dict(RANK=rank, LOCAL_RANK=rank)).items()},
-        )
-        for rank in range(num_processes)
-    ]
+    ranks = [place | dict(RANK=rank, LOCAL_RANK=rank) for rank in range(num_processes)]
+    return [Forked(*command, env={name: str(value) for name, value in own.items()}, merged=True) for own in ranks]
 
 
-def finish(processes: list[subprocess.Popen], status: int = 0) -> list[str]:
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
+def finish(processes: list[Forked], status: int = 0) -> list[str]:
+    outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [status] * len(processes), "\n".join(outputs)[-3000:]
     return outputs
 

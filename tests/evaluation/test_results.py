@@ -10,6 +10,7 @@ from extraction.errors import UserError
 from extraction.evaluation import plots
 from extraction.evaluation.plots import draw_curve, draw_curves
 from extraction.evaluation.results import describe_scores, print_results, tabulate
+from tests import forked
 
 RESULTS = dict(
     experiment="swin_to_r21", victim="demo_swin", victim_fingerprint="abc", victim_top1=0.979, victim_top5=1.0, student="tiny",
@@ -81,8 +82,8 @@ def test_what_is_no_run_of_a_student_gets_one_line(tmp_path, content, line):
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_line(tmp_path, run_module):
-    run = partial(run_module, tmp_path, "extraction.evaluation.results")
+def test_the_command_line(tmp_path):
+    run = partial(forked.run, "-m", "extraction.evaluation.results", cwd=tmp_path)
     done = run(write_run(tmp_path / "a"), write_run(tmp_path / "b", **ALONE))
     assert (done.returncode, len(read_rows(done.stdout))) == (0, 4)
     none = run()

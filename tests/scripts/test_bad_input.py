@@ -36,6 +36,7 @@ from extraction.victims import ledger
 from extraction.victims.zoo import load_victim
 from extraction.weights import read_checkpoint, read_metadata, read_state, save_weights
 from grey_box import swin_to_r21_kd
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -213,8 +214,7 @@ def test_a_script_ends_with_one_line_for_a_file_that_is_no_model(tmp_path):
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[onnx]'")
     path = tmp_path / "model.onnx"
     path.write_bytes(b"\x08\x08" + random.Random(0).randbytes(1000))
-    command = [sys.executable, "grey_box/eval_teacher.py", "--victim", f"onnx:{path}", "--data", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = forked.run("grey_box/eval_teacher.py", "--victim", f"onnx:{path}", "--data", tmp_path)
     assert done.returncode == 1
     assert done.stderr.startswith(f"eval_teacher.py: {path}: not an ONNX model that can be opened")
     assert done.stderr.count("\n") == 1
@@ -422,11 +422,11 @@ def test_a_smaller_budget_than_was_used_is_no_run_of_that_budget(finished_run, s
 
 def test_a_second_start_in_a_folder_ends_with_one_line_that_names_the_first(small, tmp_path):
     flags = {"in-domain": small.in_domain, "val": small.val, "out-dir": small.out_dir, "device": "cpu", "aux": ()}
-    command = [sys.executable, str(ROOT / "grey_box" / "swin_to_r21_kd.py"), "--demo", "--epochs", "1"]
+    command = ["grey_box/swin_to_r21_kd.py", "--demo", "--epochs", "1"]
     for name, value in flags.items():
         command += [f"--{name}", *([value] if isinstance(value, str) else value)]
     with Run("swin_to_r21_kd", small.out_dir, small).locked():
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        done = forked.run(*command)
         holder = f"process {os.getpid()} on {socket.gethostname()}"
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
@@ -504,10 +504,10 @@ def test_videos_of_one_youtube_id_are_the_same(small, tmp_path, error_line):
         ["evaluation.results"],
     ],
 )
-def test_a_tool_ends_with_one_line(command, tmp_path, run_module):
+def test_a_tool_ends_with_one_line(command, tmp_path):
     tool, *given = command
     given.insert(tool == "victims.ledger", str(tmp_path / "nowhere"))
-    done = run_module(tmp_path, f"extraction.{tool}", *given)
+    done = forked.run("-m", f"extraction.{tool}", *given, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"{tool.split('.')[-1]}: ")

@@ -1,11 +1,10 @@
 """Scoring a victim itself: `grey_box/eval_teacher.py`."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 from extraction.victims import zoo
 from grey_box import eval_teacher
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,9 +45,7 @@ def test_eval_teacher_scores_a_victim_of_ones_own_by_classes_of_ones_own(demo_se
 
 
 def test_eval_teacher_stops_in_one_line_without_weights():
-    done = subprocess.run(
-        [sys.executable, "grey_box/eval_teacher.py", "--victim", "movinet"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = forked.run("grey_box/eval_teacher.py", "--victim", "movinet")
     assert done.returncode == 1
     assert done.stderr.startswith("eval_teacher.py: victim weights weights/movinet_a2_base not found")
     assert done.stderr.count("\n") == 1
