@@ -353,7 +353,8 @@ class Harness:
         if most and chance.random() < 0.4:
             setting = Setting(name, chance.choice([most // 3, most // 2, most - 3]))
         kinds = [chance.choice(FAULTS) for _ in range(chance.randint(1, 4))]
-        if "kill one of two" in kinds and SCRIPTS[name][0].startswith("grey_box/swin_to_r21"):
+        script, flags = SCRIPTS[name]
+        if "kill one of two" in kinds and script.startswith("grey_box/swin_to_r21") and "--mixup" not in flags:
             setting = setting._replace(num_processes=2, budget=None)
         out_dir = self.folder / f"schedule{seed}" / "run"
         story = f"seed {seed}: {'-'.join(str(part) for part in setting)}: "
