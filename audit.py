@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from extraction import distributed, options
-from extraction.attacks.data_free import METHODS
 from extraction.audit import page, report, traffic
 from extraction.audit.alarms import (
     find_alarms,
@@ -98,7 +97,7 @@ class Config(
     body_lr: float = 3e-6
     label_weight: options.Rate = 10.0
     """Weight of the true-label loss next to the victim's, per clip."""
-    num_directions: options.Count | None = 10
+    num_directions: options.Count = 10
     """Random directions per gradient estimate (m) of the data-free attack."""
     generator_lr: options.Rate = 1e-5
 
@@ -218,8 +217,7 @@ def main(config: Config, run: Run) -> dict:
     evaluator.refuse_overlap(clips)
     augmentation = Augmentation(config.hflip, config.brightness, config.rotation)
     queries = QuerySet(clips, augmentation, config.views_per_clip or 1, config.seed)
-    m = METHODS["maze"].num_directions if config.num_directions is None else config.num_directions
-    estimate = Estimate(m, config.epsilon, config.generator_lr)
+    estimate = Estimate(config.num_directions, config.epsilon, config.generator_lr)
     plan = plan_cells(
         scale, len(clips), config.views_per_clip or 1, config.query_budget, config.batch_size, config.epochs, config.answers,
         config.defences, wire, estimate.num_directions,

@@ -12,15 +12,15 @@ from extraction.victims import movinet, movinet_int8, swin
 from extraction.weights import read_metadata, read_state
 
 MOVINETS = tuple(f"movinet_{model_id}" for model_id in movinet.MODELS)
-# Published for phones, in whole numbers: only a head on them can learn.
-INT8 = {f"movinet_{model_id}_stream_int8": model_id for model_id in ("a0", "a1", "a2")}
-INT8_SIZE = 172  # pixels a side, of all that were published
+# Published for phones, in whole numbers: only a head on it can learn. The others were never tried.
+INT8 = {"movinet_a0_stream_int8": "a0"}
+INT8_SIZE = 172  # pixels a side, which a constant of the file divides by
 
 
 def find_head(architecture: str) -> str:
     """The name of the module that makes the logits in a network of `architecture`.
 
-    There are those of `swin.ARCHITECTURES`, MoViNets, heads on int8 MoViNets, and networks by name
+    There are those of `swin.ARCHITECTURES`, MoViNets, heads on the int8 MoViNet, and networks by name
     (`extraction.network.names`). Raises UserError for any other.
     """
     if architecture in swin.ARCHITECTURES:

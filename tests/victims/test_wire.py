@@ -34,7 +34,7 @@ def test_video_arrives_alike_each_time_and_worse_at_a_higher_crf(clips):
 
 
 def test_grainy_video_arrives_alike_each_time(random_clips):
-    """x264's macroblock tree reads uninitialised memory of small frames: most grainy clips came out in several ways."""
+    """With x264's macroblock tree most small, grainy clips came out in several ways."""
     pictures = torch.nn.functional.interpolate(random_clips(12, 3, 8, 8), (48, 48), mode="bicubic")
     moving = torch.stack([pictures.roll((t, 2 * t), (2, 3)) for t in range(16)], 2)
     grainy = (moving + 0.06 * (random_clips(12, 3, 16, 48, 48) - 0.5).sign()).clamp(0, 1)
