@@ -32,6 +32,9 @@ from extraction.errors import UserError, printable, run_tool
 from extraction.weights import write_atomically, write_text
 
 _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+# With the assembly of x264's macroblock tree the same frames give other bytes each time; without the tree they don't,
+# and encoding is faster.
+_REPEATABLE = {"x264-params": "mbtree=0"}
 
 
 def transcode_folder(
@@ -171,7 +174,7 @@ def _write(
     short, turns = min(first.width, first.height), round((first.rotation or 0) / 90) % 4
     # Even, and not above the original.
     width, height = (max(2, side * min(short, short_side) // (2 * short) * 2) for side in (first.width, first.height))
-    options = {"crf": str(crf), "g": str(gop), "preset": "veryfast", "tune": "fastdecode"}
+    options = {"crf": str(crf), "g": str(gop), "preset": "veryfast", "tune": "fastdecode"} | _REPEATABLE
     scaler = VideoReformatter()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate, options=options)
@@ -198,7 +201,7 @@ def reencode_clip(clip: np.ndarray, crf: int) -> np.ndarray:
     assert isinstance(encoder, av.VideoCodecContext)
     encoder.width, encoder.height, encoder.pix_fmt = width, height, layout
     encoder.framerate, encoder.time_base, encoder.thread_count = Fraction(25), Fraction(1, 25), 1
-    encoder.options = {"crf": str(crf), "preset": "veryfast"}
+    encoder.options = {"crf": str(crf), "preset": "veryfast"} | _REPEATABLE
     decoder.thread_count = 1
     packets: list[av.Packet] = []
     for number, pixels in enumerate(clip):

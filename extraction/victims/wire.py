@@ -52,7 +52,7 @@ def _transcode(frames: np.ndarray, crf: int) -> np.ndarray:
     encoder = av.CodecContext.create("libx264", "w")
     encoder.width, encoder.height, encoder.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
     encoder.framerate, encoder.time_base, encoder.thread_count = Fraction(_FPS), Fraction(1, _FPS), 1
-    # With its macroblock tree the same small, grainy clip came out in several ways, as if it read memory that nobody wrote.
+    # With the assembly of its macroblock tree the same clip came out in several ways.
     encoder.options = {"crf": str(crf), "x264-params": "mbtree=0"}
     to_yuv, to_rgb = VideoReformatter(), VideoReformatter()
     packets = []
