@@ -10,6 +10,7 @@ The demo's victims, `extraction/victims/demo_*.safetensors`, were made by `pytho
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
@@ -83,6 +84,10 @@ class Config:
     """Brightness jitter: a factor drawn from 1 - b to 1 + b."""
     rotation: options.Rate = 8.0
     """Random rotation, in degrees, either way at most."""
+    crop: Annotated[float, options.Range(0, 0.9)] = 0.0
+    """Show random crops, a side up to this fraction shorter; 0: whole frames."""
+    mixup: Annotated[float, options.Range(0.01, 100)] | None = None
+    """Mix pairs of clips, their labels too, by shares of this Beta parameter; the teacher is shown the mixed clips."""
     allow_overlap: bool = False
     """Go on when videos that score are trained on too."""
     seed: int = 0
@@ -148,9 +153,9 @@ def train(config: Config, run: Run, root: Path, val_root: Path, device: torch.de
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, list(peaks), total_steps=steps + 1, pct_start=0.1)
     training = Training(
         run, model, optimizer, schedule, evaluator, None, queries, config.epochs, config.batch_size, config.num_workers,
-        max_grad_norm=1.0,
+        max_grad_norm=1.0, crop=config.crop, mixup=config.mixup,
     )  # fmt: skip
-    for batch in training:
+    for batch in map(training.vary, training):
         logits = training.forward(batch.clips)
         loss = cross_entropy(logits, batch.labels)
         if teacher is not None:

@@ -203,12 +203,14 @@ class RecipeOptions:
     """Erase a box of up to this fraction of the frame from what the student is shown, the same in all frames."""
     mixup: Annotated[float, Range(0.01, 100)] | None = None
     """Show the student mixtures of two clips, shares drawn from Beta(a, a), with their answers mixed; None: single clips."""
+    pace: Literal["auto", "overlap", "turns"] = "auto"
+    """On a CPU: victim and student at once on a share of the threads, or in turns on all; auto tries some batches of each."""
 
     @property
     def recipe(self) -> dict[str, Any]:
         """What `Training` takes of it."""
         varied = dict(crop=self.student_crop, erase=self.student_erase, mixup=self.mixup)
-        return dict(use_one_cycle=self.schedule == "one_cycle", ema=self.ema, **varied)
+        return dict(use_one_cycle=self.schedule == "one_cycle", ema=self.ema, pace=self.pace, **varied)
 
 
 @dataclass(frozen=True, kw_only=True)

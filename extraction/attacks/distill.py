@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from extraction import distributed
 from extraction.attacks.losses import answers_to_targets
+from extraction.attacks.pace import PACES, TRIAL, Pace
 from extraction.attacks.recipe import NUM_DRAWS, AveragedWeights, crop_and_erase, mix, one_cycle, seed_step, spread_labels
 from extraction.data.clips import Batch, load_with_pauses, name_once
 from extraction.data.queries import QuerySet
@@ -57,9 +58,9 @@ class Training:
     """The batches of a training run, each a step of the student; see this module's docstring.
 
     `schedule` steps each batch; a plateau schedule is given the mean loss of the last 100 batches. `victim=None` trains on
-    true labels alone. `prefetch_answers` asks about the next batch while the student learns from this one. `clips.png` in the
-    run's folder shows the first batch as the victim saw it. `history` has a dict per evaluation, `stopped` what ended the
-    run: "epochs" or "query budget".
+    true labels alone. `prefetch_answers` asks about the next batch while the student learns from this one, on a CPU as `pace`
+    says ("auto", "overlap" or "turns": `extraction.attacks.pace.Pace`). `clips.png` in the run's folder shows the first batch
+    as the victim saw it. `history` has a dict per evaluation, `stopped` what ended the run: "epochs" or "query budget".
 
     The recipe (`extraction.attacks.recipe`) is off by default. `use_one_cycle` puts that schedule, over all batches, in the
     place of `schedule`. `ema` averages the weights with this decay: the average is scored beside the student in `history`
@@ -91,12 +92,13 @@ class Training:
         crop: float = 0.0,
         erase: float = 0.0,
         mixup: float | None = None,
+        pace: Literal["auto", "overlap", "turns"] = "auto",
     ):
         self.run, self.student, self.optimizer, self.schedule = run, student, optimizer, schedule
         self.evaluator, self.victim, self.queries = evaluator, victim, queries
         self.epochs, self.num_workers, self.max_grad_norm = epochs, num_workers, max_grad_norm
         # Not where what processes say to each other would depend on it.
-        self.prefetch_answers = prefetch_answers and distributed.num_processes() == 1
+        prefetch_answers = prefetch_answers and distributed.num_processes() == 1
         if evaluator is not None:
             evaluator.refuse_overlap(queries.clips)
         self.order = _Order(len(queries), batch_size, epochs, queries.seed)
@@ -106,6 +108,8 @@ class Training:
         if mixup is not None:  # partners are of the same process
             distributed.require_one_process("--mixup")
         self.device = next(student.parameters()).device
+        choice = prefetch_answers and victim is not None and self.device.type == "cpu"
+        self.pace = Pace(pace, choice, "overlap" if prefetch_answers else "turns")
         self.history: list[dict] = []
         self.stopped = "epochs"
         self.broken: list[tuple[Path, str]] = list(queries.clips.broken)
@@ -127,11 +131,12 @@ class Training:
             self.queries.keep_views(self.epochs)
         shares = map(distributed.shard, self.order.batches_from(first))
         loader = load_with_pauses(self.queries.clips, shares, self.num_workers, pin_memory=self.device.type == "cuda")
-        batches = prefetch(loader, first, self.order.per_epoch, self._query, self.prefetch_answers)
+        self.pace.begin(first, can_try=first % self.order.per_epoch + TRIAL < self.order.per_epoch)
+        batches = prefetch(loader, first, self.order.per_epoch, self._query, self.pace.asks_ahead)
         self.student.train()
-        with self.run.interruptible(), self._bar, contextlib.closing(batches), self._threads() as choose_threads:
+        with self.run.interruptible(), self._bar, contextlib.closing(batches), self.pace.running():
             for loaded, batch in batches:
-                choose_threads(batch.number // self.order.per_epoch)
+                self.pace.set_threads(batch.number, alone=self._nothing_is_new(batch.number // self.order.per_epoch))
                 self.broken.extend(loaded.broken)
                 if batch.number == 0 and batch.keys and self.victim is not None:
                     sources = [refs[i].path.parent.name for i in loaded.indices]
@@ -143,22 +148,15 @@ class Training:
                     yield batch
                 self._bar.update(sum(self._batch.counts))
                 self._end_step()
+                if line := self.pace.end_of(batch.number):
+                    self._bar.write(line)
                 if self._batch.exhausted:
                     break
         self.broken = name_once(distributed.gather(self.broken))
 
-    @contextlib.contextmanager
-    def _threads(self) -> Iterator[Callable[[int], None]]:
-        """Within it, what chooses PyTorch's threads for an epoch: all for the student once no answer and no clip is new.
-
-        Before, the victim and the loader's workers have cores of their own. The number of threads decides how sums are
-        rounded, so it follows from the epoch alone and not from what is cached: a run goes on to the same bits.
-        """
-        shared, views = torch.get_num_threads(), self.queries.views_per_clip
-        try:
-            yield lambda epoch: torch.set_num_threads(shared if views is None or epoch < views else distributed.ALL_THREADS)
-        finally:
-            torch.set_num_threads(shared)
+    def _nothing_is_new(self, epoch: int) -> bool:
+        """By the epoch alone, and not by what is cached: a run goes on to the same bits."""
+        return self.queries.views_per_clip is not None and epoch >= self.queries.views_per_clip
 
     def vary(self, batch: AnsweredBatch) -> AnsweredBatch:
         """`batch` as the student is shown it: cropped, erased and mixed, deterministic in (seed, batch); itself without these.
@@ -172,10 +170,10 @@ class Training:
         batch = batch._replace(clips=crop_and_erase(batch.clips, uniform, self.crop, self.erase))
         if self.mixup is None:
             return batch
-        assert isinstance(self.student, Student)
+        assert self.evaluator is not None
         partners = torch.from_numpy(draw.permutation(len(batch.clips))).to(self.device)
         shares = torch.from_numpy(draw.beta(self.mixup, self.mixup, len(batch.clips)).astype(np.float32)).to(self.device)
-        labels = spread_labels(batch.labels, self.student.num_classes)
+        labels = spread_labels(batch.labels, len(self.evaluator.classes))
         return batch._replace(
             clips=mix(batch.clips, partners, shares),
             targets=mix(batch.targets, partners, shares) if len(batch.targets) else batch.targets,
@@ -229,7 +227,7 @@ class Training:
         assert isinstance(self.student, Student)
         return finish(
             self.run, self.student, self.victim, self.evaluator, self.history, stopped or self.stopped,
-            [*broken, *self.broken], None if self.average is None else self.average.state, **more,
+            [*broken, *self.broken], None if self.average is None else self.average.state, pace=self.pace.chosen, **more,
         )  # fmt: skip
 
     # --- what happens between two batches ---
@@ -329,6 +327,9 @@ class Training:
             self.schedule.load_state_dict(state["schedule"])
             if self.average is not None:
                 self._restore_average(state["ema"])
+            if state.get("pace") not in (None, *PACES):
+                raise ValueError(f"pace {state['pace']!r}")
+            self.pace.chosen = state.get("pace")  # none: of a run before there was a choice
             self._losses.extend(state["recent"])
             self.history = state["history"]
         print(f"resuming {printable(self.run.folder)} at batch {state['batch']} of {self.order.num_batches}", flush=True)
@@ -345,6 +346,7 @@ class Training:
         parts: dict[str, Any] = dict(student=self.student.net, optimizer=self.optimizer, schedule=self.schedule)
         state = {name: part.state_dict() for name, part in parts.items()}
         counted = dict(num_queries=self._num_queries(), recent=list(self._losses), history=self.history, batch=batch)
+        counted["pace"] = self.pace.chosen
         averaged = {} if self.average is None else dict(ema=self.average.state)
         self.run.save_state(state | counted | averaged)
 
@@ -367,12 +369,16 @@ class _Order:
 
 
 def prefetch(
-    loader: Iterator[Batch | None], first: int, per_epoch: int, query: Callable[[Batch, int], AnsweredBatch], ahead: bool
+    loader: Iterator[Batch | None],
+    first: int,
+    per_epoch: int,
+    query: Callable[[Batch, int], AnsweredBatch],
+    ahead: Callable[[int], bool],
 ) -> Generator[tuple[Batch, AnsweredBatch]]:
     """The batches of `loader`, numbered from `first` on, each with what `query(batch, number)` makes of it.
 
-    With `ahead` a thread asks about a batch while the one before it is in use, but not beyond an epoch of `per_epoch` batches,
-    whose number of queries is written down at its end. A pause of `load_with_pauses` ends where nothing is in use.
+    Where `ahead(number)` a thread asks about the next batch while this one is in use, but not beyond an epoch of `per_epoch`
+    batches, whose number of queries is written down at its end. A pause of `load_with_pauses` ends where nothing is in use.
     """
     numbers, upcoming, end = itertools.count(first), None, object()
 
@@ -385,7 +391,8 @@ def prefetch(
             upcoming = None
             if item is None:
                 continue
-            goes_on = ahead and (item[1].number + 1) % per_epoch and not item[1].exhausted
+            number = item[1].number
+            goes_on = (number + 1) % per_epoch and not item[1].exhausted and ahead(number)
             upcoming = thread.submit(fetch) if goes_on else None
             yield item
 

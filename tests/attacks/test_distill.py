@@ -261,7 +261,7 @@ def test_workers_are_started_again_by_the_thread_that_trains_and_not_beside_it()
         return AnsweredBatch(number, [], torch.empty(0), torch.empty(0), torch.empty(0), [1], False)
 
     numbers = []
-    for _, batch in prefetch(load(), 10, 100, query, ahead=True):
+    for _, batch in prefetch(load(), 10, 100, query, ahead=lambda number: True):
         training.set()
         numbers.append(batch.number)
         training.clear()
