@@ -2,10 +2,10 @@
 
     python benchmarks/lip_reading.py --victim-weights runs/lip_reading/victim.safetensors --seeds 0 1 2 --jobs 2
 
-docs/data.md says how the corpus is laid out and divided by sentence, docs/verification.md how a victim is made. The attacker has
-the labelled clips of a fifth of the sentences, and clips of other words without labels. The constants are those of the victim's
-teacher, chosen before any student was trained; a row differs by its script or what the victim answers alone. What is finished is
-not run again. Writes `table.md`.
+docs/data.md says how the corpus is laid out and divided by sentence, docs/verification.md how a victim is made. The attacker
+has the labelled clips of a fifth of the sentences, and clips of other words without labels. The constants are those of the
+victim's teacher, chosen before any student was trained; rows differ by their script and by what the victim answers alone. What
+is finished is not run again. Writes `table.md`.
 """
 
 from dataclasses import dataclass
@@ -42,9 +42,9 @@ def main(config: Config) -> str:
     aux = require_folder(f"{config.data}/aux", "clips of other words")
     own = ["--in-domain", task, "--in-domain-list", f"{config.data}/task.attacker.txt"]
     shown = ["--val", task, "--val-list", f"{config.data}/task.val.txt", "--num-frames", 16, "--size", config.size]
-    learnt = ["--student", "r2plus1d_tiny", "--epochs", config.epochs, "--batch-size", 16, "--head-lr", 0.002, "--body-lr", 0.002]
+    learnt = ["--student", "r2plus1d_tiny", "--epochs", config.epochs, "--head-lr", 0.002, "--body-lr", 0.002]
     varied = ["--schedule", "one_cycle", "--hflip", 0.5, "--brightness", 0.2, "--rotation", 8, "--clip-interval", 8]
-    shared = [*own, *shown, *learnt, *varied, "--num-workers", 1]
+    shared = [*own, *shown, *learnt, *varied, "--batch-size", 16, "--num-workers", 1]
     record = f"{config.out_dir}/{'victim_{node}.record' if config.cluster else 'victim.record'}"
     victim = ["--victim", "trained", "--victim-weights", config.victim_weights, "--victim-record", record]
     asked = [*victim, "--views-per-clip", config.views_per_clip]
