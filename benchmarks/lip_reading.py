@@ -41,10 +41,22 @@ def main(config: Config) -> str:
     task = require_folder(f"{config.data}/task", "clips of the task's words")
     aux = require_folder(f"{config.data}/aux", "clips of other words")
     own = ["--in-domain", task, "--in-domain-list", f"{config.data}/task.attacker.txt"]
-    shown = ["--val", task, "--val-list", f"{config.data}/task.val.txt", "--num-frames", 16, "--size", config.size]
-    learnt = ["--student", "r2plus1d_tiny", "--epochs", config.epochs, "--head-lr", 0.002, "--body-lr", 0.002]
+    shown = [
+        "--val",
+        task,
+        "--val-list",
+        f"{config.data}/task.val.txt",
+        "--num-frames",
+        16,
+        "--stride",
+        1,
+        "--size",
+        config.size,
+    ]
+    learnt = ["--student", "r2plus1d_tiny", "--student-weights", None, "--epochs", config.epochs, "--batch-size", 16]
+    learnt += ["--head-lr", 0.002, "--body-lr", 0.002, "--num-workers", 1]
     varied = ["--schedule", "one_cycle", "--hflip", 0.5, "--brightness", 0.2, "--rotation", 8, "--clip-interval", 8]
-    shared = [*own, *shown, *learnt, *varied, "--batch-size", 16, "--num-workers", 1]
+    shared = [*own, *shown, *learnt, *varied]
     record = f"{config.out_dir}/{'victim_{node}.record' if config.cluster else 'victim.record'}"
     victim = ["--victim", "trained", "--victim-weights", config.victim_weights, "--victim-record", record]
     asked = [*victim, "--views-per-clip", config.views_per_clip]
