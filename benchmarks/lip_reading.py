@@ -41,18 +41,8 @@ def main(config: Config) -> str:
     task = require_folder(f"{config.data}/task", "clips of the task's words")
     aux = require_folder(f"{config.data}/aux", "clips of other words")
     own = ["--in-domain", task, "--in-domain-list", f"{config.data}/task.attacker.txt"]
-    shown = [
-        "--val",
-        task,
-        "--val-list",
-        f"{config.data}/task.val.txt",
-        "--num-frames",
-        16,
-        "--stride",
-        1,
-        "--size",
-        config.size,
-    ]
+    shown = ["--val", task, "--val-list", f"{config.data}/task.val.txt"]
+    shown += ["--num-frames", 16, "--stride", 1, "--size", config.size]
     learnt = ["--student", "r2plus1d_tiny", "--student-weights", None, "--epochs", config.epochs, "--batch-size", 16]
     learnt += ["--head-lr", 0.002, "--body-lr", 0.002, "--num-workers", 1]
     varied = ["--schedule", "one_cycle", "--hflip", 0.5, "--brightness", 0.2, "--rotation", 8, "--clip-interval", 8]
