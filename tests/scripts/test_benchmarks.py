@@ -300,3 +300,20 @@ def test_every_part_for_a_gpu_runs_on_a_cpu_and_leaves_its_table_and_none_runs_t
     assert len(parts) == 14
     again = run_gpu_parts(str(tmp_path))
     assert again.stdout.count(" already") == 14
+
+
+def test_what_answers_are_worth_is_read_off_their_curves():
+    answers = importlib.import_module("answers")
+    curves = {
+        "probs": {100: [0.5, 0.7], 10_000: [1.0]},  # 80 % half-way, in logarithms
+        "label": {100: [0.2], 10_000: [1.0]},  # three quarters of the way
+        "top5": {100: [0.9]},
+        "1 decimal": {100: [0.5]},
+    }
+    rows = answers.describe_worth(curves, 80).splitlines()[2:]
+    assert rows == [
+        "| probs | 1000 | 1.0 |",
+        "| label | 3162 | 3.2 |",
+        "| top5 | at most 100 | - |",
+        "| 1 decimal | more than 100 | - |",
+    ]
