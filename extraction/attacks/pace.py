@@ -20,7 +20,7 @@ class Pace:
     """How the cores are shared out, batch by batch.
 
     "overlap": the victim answers a batch while the student learns from the one before, each on the threads that PyTorch has
-    when the run begins, for the loader's workers have cores of their own. "turns": one after the other, each on all threads.
+    when the run begins: all but the loader's workers', or OMP_NUM_THREADS. "turns": one after the other, each on all threads.
     "auto" goes through `TRIAL` batches, half of them in each pace, and keeps the faster, overlap unless turns gain a tenth:
     overlap is better where both take alike, turns where one takes nearly all the time. The number of threads decides how sums
     are rounded, so `chosen` is kept in the run's state, and a run goes on to the same bits.
@@ -31,7 +31,7 @@ class Pace:
 
     def __init__(self, asked: Literal["auto", "overlap", "turns"], possible: bool, default: Literal["overlap", "turns"]):
         self.shared = torch.get_num_threads()
-        possible = possible and self.shared < distributed.ALL_THREADS
+        possible = possible and distributed.ALL_THREADS > 1
         self.chosen: str | None = default if not possible else None if asked == "auto" else asked
         self.seconds: dict[str, float] = {}  # of a batch, in the trial
         self._first, self._times = 0, list[float]()
