@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -35,7 +35,7 @@ from extraction.audit.alarms import (
     report_responses,
     report_thefts,
 )
-from extraction.audit.cells import Bench, Fit, fit_to_honest, replay
+from extraction.audit.cells import Bench, Fit, fit_to_honest, read_cell, replay
 from extraction.audit.live import Estimate, Live
 from extraction.audit.plan import SCALES, Cell, Plan, Prices, Scale, estimate_seconds, list_live_wires, plan_cells
 from extraction.audit.recording import Recording, Views, record
@@ -46,7 +46,8 @@ from extraction.data.clips import Clips
 from extraction.data.folders import find_aux_videos, find_videos, require_folder
 from extraction.data.queries import QuerySet
 from extraction.errors import UserError, printable
-from extraction.experiment import experiment, open_audit, run_script
+from extraction.evaluation.sweep import Step, run_cells
+from extraction.experiment import PROJECT, experiment, open_audit, run_script
 from extraction.generators import create_generator
 from extraction.runs import Run, current_commit
 from extraction.students import Student, create_student
@@ -56,11 +57,14 @@ from extraction.victims.query_interface import Victim, VictimModel
 from extraction.victims.wire import name_wire, send
 from extraction.weights import write_text
 
+# More than run at a time, so that the last one does not run alone for long.
+_SHARES_PER_JOB, _SHARES = 4, 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(
     options.Options, options.InDomainOptions, options.VideoOptions, options.QueryOptions, options.ScoredVictimOptions,
-    options.GeneratorOptions,
+    options.GeneratorOptions, options.SweepOptions,
 ):  # fmt: skip
     victim: str = "swin_b_k400"
     student: str = "r2plus1d_34"
@@ -100,6 +104,8 @@ class Config(
     num_directions: options.Count = 10
     """Random directions per gradient estimate (m) of the data-free attack."""
     generator_lr: options.Rate = 1e-5
+    share: tuple[int, ...] = ()
+    """What --jobs starts: run these cells, by number, of the audit two folders above --out-dir, and write no report."""
 
 
 DEMO = options.IN_DOMAIN_DEMO | dict(
@@ -175,7 +181,23 @@ def print_plan(
         print(f"  {plan.live_queries} queries more of attacks that run live, each with its own meter")
     print(f"  {num_honest} clips of {num_accounts} honest accounts, and the held-out videos: the owner's own, no queries")
     print(f"  a thief pays {plan.budgets[-1] * price / 1000:.2f} for the largest budget, at {price:g} per 1 000 queries")
-    print(f"  about {max(1, round(seconds / 60))} minutes on this machine", flush=True)
+    print(f"  about {max(1, round(seconds / 60))} minutes on this machine, one cell at a time", flush=True)
+
+
+def hand_out(config: Config, run: Run, cells: list[Cell]) -> None:
+    """Run an audit's cells in shares, by processes of their own. Raises UserError when some failed."""
+    # What may be the student of another cell comes after it.
+    for part in ([cell.same_as is None for cell in cells], [cell.same_as is not None for cell in cells]):
+        left = [n for n, cell in enumerate(cells) if part[n] and read_cell(run.folder / "cells", cell) is None]
+        count = min(len(left), _SHARES if config.cluster else _SHARES_PER_JOB * config.jobs)
+        steps = []
+        for number in range(count):
+            share = tuple(left[number::count])
+            folder, title = run.folder / "shares" / str(share[0]), f"cells {', '.join(map(str, share))}"
+            flags = options.to_flags(replace(config, share=share, out_dir=str(folder), jobs=1, cluster=None))
+            steps.append([Step(title, title, str(folder), (str(PROJECT / "audit.py"), *flags))])
+        if failed := run_cells(steps, config.jobs, config.cluster):
+            raise UserError(f"failed: {'; '.join(failed)}; run the same again to try these once more")
 
 
 def say_ownership(bench: Bench, cells: list[dict]) -> list[dict]:
@@ -235,15 +257,19 @@ def main(config: Config, run: Run) -> dict:
     asked = list(dict.fromkeys(order + one_order))
     held_out = [(place, "") for place in range(len(evaluator.clips))]
 
-    prices = measure_prices(compute, model, config, len(model.classes), plan.live_queries > 0)
-    seconds = estimate_seconds(plan, prices, len(asked), len(honest) + len(held_out), len(held_out))
-    print_plan(plan, scale_name, len(asked), len(honest), len(accounts), seconds, config.price_per_1000)
+    base, to_run, seconds = run.folder, plan.cells, 0.0
+    if config.share:
+        base, to_run = run.folder.parents[1], [plan.cells[number] for number in config.share]
+    else:
+        prices = measure_prices(compute, model, config, len(model.classes), plan.live_queries > 0)
+        seconds = estimate_seconds(plan, prices, len(asked), len(honest) + len(held_out), len(held_out))
+        print_plan(plan, scale_name, len(asked), len(honest), len(accounts), seconds, config.price_per_1000)
     run.begin()
 
     # The owner records; the meter stands at exactly what was planned.
     def ask(name: str, keys: list[bytes], load: traffic.Loader, desc: str) -> tuple[Recording, int]:
         victim = Victim(model, "logits", len(keys), wire=wire)
-        return record(run.folder / "recorded", name, keys, load, victim, desc), victim.num_queries
+        return record(base / "recorded", name, keys, load, victim, desc), victim.num_queries
 
     thefts, num_queries = ask("thief", [views.key(view) for view in asked], views.loader(asked), "recording the thief's views")
     open_loader = partial(
@@ -263,7 +289,7 @@ def main(config: Config, run: Run) -> dict:
     to_fit, others = footage.take(clips_of(False)), footage.take(clips_of(True))
     labels = torch.tensor([ref.label for ref in evaluator.clips.refs])
     fits: dict[tuple[str, float], Fit] = {}
-    for cell in plan.cells:
+    for cell in to_run:
         if (
             cell.group in ("defences", "alarms")
             and cell.defence
@@ -282,15 +308,17 @@ def main(config: Config, run: Run) -> dict:
     naive = Stream(thefts.thumbnails[all_places], thefts.probs[all_places])
 
     # The cells.
-    folder = run.folder / "cells"
+    folder = base / "cells"
     folder.mkdir(exist_ok=True)
+    if config.jobs > 1 or config.cluster:
+        hand_out(config, run, plan.cells)
 
     def create() -> Student:
         return compute.prepare(create_student(config.student, len(model.classes), config.student_weights))
 
     recipe = Recipe(plan.recipe_clips, config.head_lr, config.body_lr, config.label_weight)
     live = Live(
-        open_run=lambda cell: Run(cell.row, run.folder / "live" / cell.name, cell, config.checkpoint_seconds), model=model,
+        open_run=lambda cell: Run(cell.row, base / "live" / cell.name, cell, config.checkpoint_seconds), model=model,
         key=key, parameters={name: fit.parameter for name, fit in fits.items()}, create=create,
         create_generator=lambda: open_generator(compute, config, len(model.classes)),
         queries=QuerySet(Clips(videos, **config.cut, **config.shape), augmentation, None, config.seed),
@@ -302,14 +330,16 @@ def main(config: Config, run: Run) -> dict:
         recipe=recipe, evaluator=evaluator, key=key, live=live, alarms=find_alarms(fitted, naive),
         checkpoint_seconds=config.checkpoint_seconds, stop_asked=lambda: run.stop_asked,
     )  # fmt: skip
-    done: dict[str, dict] = {}
+    done = {cell.name: kept for cell in plan.cells if (kept := read_cell(folder, cell)) is not None}
     with run.interruptible():
-        for number, cell in enumerate(plan.cells, 1):
-            done[cell.name] = bench.run(cell, done, f"cell {number} of {len(plan.cells)}")
-            say_cell(number, len(plan.cells), cell, done[cell.name])
+        for number, cell in enumerate(to_run, 1):
+            done[cell.name] = bench.run(cell, done, f"cell {number} of {len(to_run)}")
+            say_cell(number, len(to_run), cell, done[cell.name])
             if run.stop_asked:
-                raise KeyboardInterrupt(f"{number} cells are in {run.folder}; run the same command again to continue")
-    cells = list(done.values())
+                raise KeyboardInterrupt(f"{number} cells are in {base}; run the same command again to continue")
+    if config.share:
+        return {}
+    cells = [done[cell.name] for cell in plan.cells]
 
     # The report.
     unlike = [k for k in clips_of(True) if k not in set(clips_of(False))]

@@ -343,6 +343,20 @@ def check_options(config: Any) -> None:
             raise UserError(f"list {value} not found: {flag} names the videos to use")
 
 
+def to_flags(config: Any) -> list[str]:
+    """The flags that give a script these constants, all of them, whatever its defaults are."""
+    flags = []
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), field.name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            flags += [f"--{flag}", *map(str, value)]
+        else:
+            flags.append(f"--{flag}={value}")
+    return flags
+
+
 def find_annotations(config_class: type) -> dict[str, Any]:
     """The annotation of each option: that of the class which introduces it, whose range and aliases hold below it too."""
     hints: dict[str, Any] = {}

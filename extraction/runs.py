@@ -23,7 +23,7 @@ from extraction.weights import read_checkpoint, write_atomically
 # Constants that may differ when a run is resumed: they change how fast it goes, not what comes out.
 _FREE = {
     "device", "compile", "num_workers", "checkpoint_seconds", "out_dir", "answers_from", "victim_record", "clip_cache",
-    "cache_gb", "price_per_1000",
+    "cache_gb", "price_per_1000", "jobs", "cluster", "share",
 }  # fmt: skip
 
 

@@ -157,8 +157,7 @@ class Bench:
 
     def run(self, cell: Cell, done: dict[str, dict], desc: str) -> dict:
         """The result of a cell: the kept one, that of a cell with the same training set and seed among `done`, or a new one."""
-        path = self.folder / f"{cell.name}.json"
-        kept = read_cell(path, cell)
+        kept = read_cell(self.folder, cell)
         if kept is not None:
             return kept
         result = cell.to_dict() | dict(status="done")
@@ -173,7 +172,7 @@ class Bench:
             result["seconds"] = round(time.monotonic() - begin, 1)
         else:
             result |= self._score(cell, done, desc)
-        write_text(path, json.dumps(result, indent=1) + "\n")
+        write_text(_path(self.folder, cell), json.dumps(result, indent=1) + "\n")
         if cell.group == "live":
             self.live.forget(cell)
         elif "digest" in result:
@@ -216,8 +215,13 @@ class Bench:
         return [found[view] for view in views]
 
 
-def read_cell(path: Path, cell: Cell) -> dict | None:
-    """A kept result; None for one that is missing or damaged. Raises UserError when it is another cell's."""
+def _path(folder: Path, cell: Cell) -> Path:
+    return folder / f"{cell.name}.json"
+
+
+def read_cell(folder: Path, cell: Cell) -> dict | None:
+    """The result that `folder` keeps; None for one that is missing or damaged. Raises UserError when it is another cell's."""
+    path = _path(folder, cell)
     try:
         kept = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -1,7 +1,9 @@
 """The audit, at a tiny scale: queries as planned, resumed after a kill to the same report, and one line for what is wrong."""
 
+import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,30 @@ def test_a_killed_audit_goes_on_to_the_same_report(finished, make_config, tmp_pa
     assert not trained
     assert again["about"]["price_per_1000"] == 33.0
     assert json.loads(before)["cells"] == again["cells"]
+
+
+@pytest.mark.slow
+def test_shares_make_the_same_report(finished, make_config, tmp_path, monkeypatch):
+    result, _, _ = finished
+    config, parts = make_config(tmp_path / "shared", jobs=2), []
+
+    def run_here(steps, jobs, cluster):
+        """As processes would be started, one after the other."""
+        parts.append([number for (step,) in steps for number in map(int, step.title.removeprefix("cells ").split(", "))])
+        for (step,) in steps:
+            monkeypatch.setattr(sys, "argv", list(step.command))
+            share = experiment.parse_options(audit.Config, config, "")
+            assert share.out_dir == step.folder
+            assert audit.main(dataclasses.replace(share, jobs=1)) == {}
+            assert not (Path(step.folder) / "report.json").exists()
+        return []
+
+    monkeypatch.setattr(audit, "run_cells", run_here)
+    found = audit.main(config)
+    assert sorted(parts[0] + parts[1]) == list(range(result["plan"]["cells"]))
+    assert parts[1]
+    unlike = ("times", "about")
+    assert {k: v for k, v in found.items() if k not in unlike} == {k: v for k, v in result.items() if k not in unlike}
 
 
 def test_a_full_disk_is_a_line_and_nothing_is_lost(finished, make_config, tmp_path, monkeypatch):
