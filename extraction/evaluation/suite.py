@@ -117,7 +117,8 @@ def write_table(
 ) -> str:
     """Write `table.md` and `table.png` into `out_dir` from the results there are. Returns the Markdown.
 
-    With several seeds a figure is their mean and standard deviation. `against` names an experiment: a column more has the
+    With several seeds a figure is their mean and standard deviation. Averaged weights (`--ema`) have a row of their own, below
+    their run's. `against` names an experiment: a column more has the
     paired differences to it in the table's first score, with their standard error. Raises UserError when there are no results
     at all.
     """
@@ -140,24 +141,30 @@ def write_table(
     head = ["experiment", "victim", "student", "queries", *metrics.values(), *difference, "seconds"]
     head += ["published top-5 / top-1"] * published
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    rows: list[tuple[str, Experiment, dict[int, dict]]] = []
     for experiment in experiments:
-        results = found[experiment.name]
+        runs = by_seed[experiment.name]
+        rows.append((experiment.name, experiment, runs))
+        if any("agreement_at_1_ema" in r or "top1_ema" in r for r in runs.values()):
+            rows.append((f"{experiment.name}, averaged", experiment, {seed: _averaged(r) for seed, r in runs.items()}))
+    for name, experiment, runs in rows:
+        results = list(runs.values())
         if not results:
-            cells = [experiment.name, *["-"] * (len(head) - 1 - published), *[experiment.published] * published]
+            cells = [name, *["-"] * (len(head) - 1 - published), *[experiment.published] * published]
             lines.append(f"| {' | '.join(cells)} |")
             continue
         first = results[0]
         victim = "-"
         if first["victim"]:
-            name = re.sub(r"(^|:)[^:]*/", r"\1", first["victim"])  # a file's, without its folder
-            victim = f"{name} {percent(first['victim_top1'])}" if labelled else name
+            victim = re.sub(r"(^|:)[^:]*/", r"\1", first["victim"])  # a file's, without its folder
+            victim += f" {percent(first['victim_top1'])}" if labelled else ""
         scores = [_describe_metric(results, metric) for metric in metrics]
         queries = describe_spread([float(count_queries(r)) for r in results], 0)
         seconds = describe_spread([r["seconds"] for r in results], 0)
         if difference:
-            own = {} if experiment.name == against else _pick_score(by_seed[experiment.name], first_score)
+            own = {} if name == against else _pick_score(runs, first_score)
             scores.append(describe_difference(own, reference, 2 if first_score == "mean_kl" else 1))
-        cells = [experiment.name, victim, first["student"], queries, *scores, seconds, *[experiment.published] * published]
+        cells = [name, victim, first["student"], queries, *scores, seconds, *[experiment.published] * published]
         lines.append(f"| {' | '.join(cells)} |")
     commits = sorted({r["commit"] for results in found.values() for r in results})
     unseen = next((r["num_unseen_videos"] for results in found.values() for r in results if "num_unseen_videos" in r), None)
@@ -178,6 +185,12 @@ def write_table(
     return text
 
 
+def _averaged(results: dict) -> dict:
+    """The results of a run with the scores of its averaged weights (`--ema`) in the place of the student's own."""
+    scores = {name.removesuffix("_ema"): value for name, value in results.items() if name.endswith("_ema")}
+    return results | dict(intervals={}, mean_kl=None) | scores
+
+
 def _chain(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
     """The experiments in chains: what needs a file of another one's run comes after it, in the same chain."""
     chains: list[list[Experiment]] = []
@@ -196,7 +209,7 @@ def _is_done(folder: Path) -> bool:
 def score_unseen(folder: Path) -> None:
     """Write `unseen.json` beside the results of a finished demo run, unless it is there: top-1 and agreement@1.
 
-    With averaged weights also theirs, `unseen_top1_ema` and `unseen_agreement_at_1_ema`, which no table shows.
+    With averaged weights also theirs, `unseen_top1_ema` and `unseen_agreement_at_1_ema`.
     """
     results = read_run(folder)
     if results is None or ("unseen_top1" in results and (results["victim"] is None or "unseen_agreement_at_1" in results)):
