@@ -326,7 +326,7 @@ class Training:
             restore_optimizer(self.optimizer, state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             if self.average is not None:
-                self._restore_average(state["ema"])
+                self.average.load_state_dict(state["ema"])
             if state.get("pace") not in (None, *PACES):
                 raise ValueError(f"pace {state['pace']!r}")
             self.pace.chosen = state.get("pace")  # none: of a run before there was a choice
@@ -335,19 +335,12 @@ class Training:
         print(f"resuming {printable(self.run.folder)} at batch {state['batch']} of {self.order.num_batches}", flush=True)
         return state["batch"]
 
-    def _restore_average(self, state: dict[str, Tensor]) -> None:
-        assert self.average is not None
-        kept = {name: value.cpu() for name, value in self.average.state.items()}
-        require_form(state, kept, "averaged weights")
-        for name, value in state.items():
-            self.average.state[name].copy_(value)
-
     def _save(self, batch: int) -> None:
         parts: dict[str, Any] = dict(student=self.student.net, optimizer=self.optimizer, schedule=self.schedule)
         state = {name: part.state_dict() for name, part in parts.items()}
         counted = dict(num_queries=self._num_queries(), recent=list(self._losses), history=self.history, batch=batch)
         counted["pace"] = self.pace.chosen
-        averaged = {} if self.average is None else dict(ema=self.average.state)
+        averaged = {} if self.average is None else dict(ema=self.average.state_dict())
         self.run.save_state(state | counted | averaged)
 
 

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
+from extraction.runs import require_form
+
 WARM_UP = 0.05  # share of the steps
 NUM_DRAWS = 7  # numbers in 0..1 for a clip
 
@@ -46,6 +48,15 @@ class AveragedWeights:
         torch._foreach_lerp_([self.state[name] for name in moving], [now[name] for name in moving], weight)
         for name in now.keys() - set(moving):
             self.state[name].copy_(now[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over the average of a checkpoint. Raises ValueError when it is another network's."""
+        require_form(state, {name: value.cpu() for name, value in self.state.items()}, "averaged weights")
+        for name, value in state.items():
+            self.state[name].copy_(value)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
