@@ -109,7 +109,7 @@ class Config(
 
 
 DEMO = options.IN_DOMAIN_DEMO | dict(
-    victim="demo_swin", student="r2plus1d_tiny", epochs=9, head_lr=1.5e-3, body_lr=1.5e-3, label_weight=1.0,
+    victim="demo_swin", student="r2plus1d_tiny", epochs=9, head_lr=3e-3, body_lr=3e-3, label_weight=1.0,
     val="datasets/demo_unseen/val", traffic=("datasets/demo/traffic", "datasets/demo/cameras"),
     generator="layered", num_directions=2, epsilon=0.03, generator_lr=3e-4,
 )  # fmt: skip

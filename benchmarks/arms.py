@@ -23,19 +23,20 @@ def rates(rate: float) -> tuple[str, ...]:
 
 # A group: its script, the flags of all its arms, and the flags of each. The first arm is what the others are compared with.
 VIDEO = ("--aux", "ucf101", "hmdb51", "--ema", "0.99")
-ONE_CYCLE, CROP, LONG = ("--schedule", "one_cycle"), ("--student-crop", "0.2"), ("--epochs", "18")
+ONE_CYCLE, CROP, T4, LONG = ("--schedule", "one_cycle"), ("--student-crop", "0.2"), ("--temperature", "4"), ("--epochs", "18")
 VIDEO_ARMS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "one_cycle": ONE_CYCLE,
     "logits": ("--matching", "logits"),
-    "t4": ("--temperature", "4"),
+    "t4": T4,
     "lr3": rates(3e-3),
     "crop": CROP,
     "erase": ("--student-erase", "0.2"),
     "mixup": ("--mixup", "0.4"),
     "long": LONG,
-    "long_lr3": (*LONG, *rates(3e-3)),
-    "long_crop": (*LONG, *CROP),
+    "crop_t4": (*CROP, *T4),
+    "crop_t4_lr3": (*CROP, *T4, *rates(3e-3)),
+    "crop_t4_long": (*CROP, *T4, *LONG),
 }
 GROUPS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "grey_box": ("grey_box/swin_to_r21.py", (*VIDEO, "--epochs", "9", "--views-per-clip", "4"), VIDEO_ARMS),

@@ -280,7 +280,8 @@ def to_html(report: Mapping[str, Any], pictures: Mapping[str, str], folder: str 
         picture = of_table.get(name, "")
         if picture in pictures:
             data = base64.b64encode((Path(folder) / picture).read_bytes()).decode()
-            body += f'<figure><img alt="{escape(pictures[picture])}" src="data:image/png;base64,{data}"></figure>'
+            image = f'<img alt="{escape(pictures[picture])}" src="data:image/png;base64,{data}">'
+            body += f'<figure tabindex="0">{image}</figure>'
         sections.append(f'<section id="{name}"><h2>{escape(TABLES[name].title)}</h2>{body}</section>')
     cells = _to_html_table("cells", _list_cells(report), report["cells"])
     missing = "".join(f"<li>{escape(line)}</li>" for line in report["not_tested"])
@@ -292,7 +293,7 @@ def to_html(report: Mapping[str, Any], pictures: Mapping[str, str], folder: str 
 <header><h1>Extraction audit of {escape(about["victim"])}</h1></header><main>
 <section id="verdict"><h2>Verdict</h2><ul>{verdict}</ul></section>
 <section id="about"><h2>What was audited</h2><div class="scroll" tabindex="0" role="region" aria-label="What was audited">
-<table><caption>Victim, traffic and settings</caption>{facts}</table></div></section>
+<table><caption><p>Victim, traffic and settings</p></caption>{facts}</table></div></section>
 <section id="review"><h2>{REVIEW.title}</h2>{_to_html_table("review", REVIEW, report["review"])}</section>
 {"".join(sections)}
 <section id="appendix"><h2>Appendix</h2><h3>Not tested</h3><ul>{missing}</ul>
@@ -316,7 +317,8 @@ def _to_html_table(name: str, table: Table, rows: Sequence[Mapping[str, Any]]) -
         cells += f'<td class="moving" data-row="{escape(row["row"])}">-</td>' if moving else ""
         body.append(f"<tr><th scope=row>{first}</th>{cells}</tr>")
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{title}"><table><caption>{escape(table.caption)}</caption>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{title}">'
+        f"<table><caption><p>{escape(table.caption)}</p></caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
@@ -344,19 +346,21 @@ a{color:var(--link)}
 :focus-visible{outline:3px solid var(--link);outline-offset:2px}
 table{border-collapse:collapse;font-size:.875rem;overflow-wrap:normal;width:100%}
 caption{text-align:left;padding:.5rem;caption-side:top}
+caption p{margin:0;position:sticky;left:.5rem;max-width:calc(min(100vw,72rem) - 4rem)}
 th,td{padding:.3rem .5rem;text-align:left;vertical-align:top;border-top:1px solid var(--line)}
 thead th{background:var(--shade)}
 td{font-variant-numeric:tabular-nums}
 tbody th{font-weight:600;min-width:9rem}
-figure{margin:1rem 0}
-img{max-width:100%;height:auto;background:#fff}
+figure{margin:1rem 0;overflow-x:auto}
+img{min-width:34rem;max-width:100%;height:auto;background:#fff}
 pre{overflow-x:auto;padding:.5rem;background:var(--shade)}
 .sliders{display:grid;grid-template-columns:minmax(10rem,auto) 1fr 5rem;gap:.5rem;align-items:center;margin:1rem 0}
 .sliders input{width:100%;min-width:0}
 @media(max-width:40rem){.sliders{grid-template-columns:1fr 4.5rem}.sliders label{grid-column:1/-1}}
 @media print{:root{--ink:#000;--paper:#fff;--line:#888;--shade:#eee;--link:#000}
  .scroll{overflow:visible;border:0}table{font-size:7pt}.sliders{display:none}section{break-before:auto}
- thead{display:table-header-group}tr,figure{break-inside:avoid}body{font-size:10pt}th,td{padding:1pt 3pt}tbody th{min-width:0}}
+ thead{display:table-header-group}tr,figure{break-inside:avoid}
+ img,caption p{min-width:0;max-width:100%}body{font-size:10pt}th,td{padding:1pt 3pt}tbody th{min-width:0}}
 """
 
 # The same interpolation as curves.queries_to.

@@ -1,8 +1,10 @@
 """The audit, at a tiny scale: queries as planned, resumed after a kill to the same report, and one line for what is wrong."""
 
+import copy
 import dataclasses
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,12 +13,14 @@ import pytest
 import audit
 from extraction import experiment
 from extraction.audit import cells, live, recording
+from extraction.audit.page import to_html
 from extraction.audit.plan import CONTROLS, SCALES, Scale
 from extraction.data import demo
 from extraction.errors import UserError
 from extraction.victims.query_interface import Victim
 from tests.metered import put_meter, read_meter
 
+HOME, END, RIGHT = "\ue011", "\ue010", "\ue014"  # keys, as WebDriver writes them
 TINY = Scale(("logits", "probs", "label"), ("noise", "reverse_sigmoid"), (0.3,), 2, 0.5, 0.1, 1, 3, 2, (8, 16), 64)
 
 
@@ -105,6 +109,47 @@ def test_the_report_has_every_cell_and_its_verdict_names_rows_that_are_there(fin
     assert [row["row"] for row in result["tables"]["ownership"]][:3] == ["clone", "clone of labels", "cleaned clone"]
     for name in result["tables"]:
         assert len((folder / f"{name}.csv").read_text().splitlines()) == len(result["tables"][name]) + 1
+
+
+@pytest.fixture
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    driver = shutil.which("chromedriver")
+    if driver is None:
+        pytest.skip("no chromedriver; Debian's packages: chromium, chromium-driver")
+    options = webdriver.ChromeOptions()
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(flag)
+    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as opened:
+        yield opened
+
+
+def test_the_page_fits_its_window_its_sliders_work_and_it_is_accessible(finished, browser, tmp_path):
+    axe = pytest.importorskip("axe_selenium_python").Axe(browser)
+    result = copy.deepcopy(finished[0])
+    result["tables"]["answers"][0] |= dict(row="probs", curve=[[16, 0.2], [64, 0.8]])
+    pictures = {path.name: "a picture" for path in finished[1].glob("*.png")}
+    page = tmp_path / "report.html"
+    page.write_text(to_html(result, pictures, finished[1]))
+    for width in (1280, 390):
+        metrics = dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        browser.get(page.as_uri())
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    level, price = (browser.find_element("id", name) for name in ("level", "price"))
+    moving = browser.find_element("css selector", '.moving[data-row="probs"]')
+    price.send_keys(END)
+    most = float(price.get_attribute("max"))
+    level.send_keys(HOME)  # 10 %, which the smallest budget has
+    assert moving.text == f"≤ 16 queries, {16 * most / 1000:.2f}"
+    level.send_keys(RIGHT * 40)  # half-way from 20 to 80 %, in logarithms
+    assert moving.text == f"32 queries, {32 * most / 1000:.2f}"
+    price.send_keys(HOME)
+    assert moving.text == "32 queries, 0.00"
+    level.send_keys(END)
+    assert moving.text == "not reached (> 64)"
+    axe.inject()
+    assert [problem["id"] for problem in axe.run()["violations"] if problem["impact"] in ("serious", "critical")] == []
 
 
 @pytest.mark.slow  # a student that is killed: tests/audit/test_students.py; an attack that runs live: test_live.py
