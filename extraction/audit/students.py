@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from extraction.attacks.losses import cross_entropy, kl_divergence
-from extraction.attacks.recipe import AveragedWeights
+from extraction.attacks.recipe import NUM_DRAWS, AveragedWeights, crop_and_erase, seed_step
 from extraction.audit.recording import Views
 from extraction.errors import UserError
 from extraction.students import Student
@@ -28,6 +28,7 @@ class Recipe(NamedTuple):
     body_lr: float
     label_weight: float  # of the cross-entropy to true labels, where there are any
     ema: float = 0.98  # decay a step of the averaged weights, which are the student
+    crop: float = 0.2  # it is shown random crops of the views, a side up to this fraction shorter
 
 
 class Checkpoints(NamedTuple):
@@ -51,8 +52,8 @@ def train_student(
 ) -> Student:
     """A student of the views `chosen`: KL to `targets` (N, num_classes), cross-entropy to `labels` (N,), -1 without one.
 
-    The recipe of grey_box/swin_to_r21_kd.py, with averaged weights: so short a training ends less far from where it leads, and
-    less by chance. A row of zeros in `targets` is no answer: that view is learnt from its label
+    The recipe of grey_box/swin_to_r21_kd.py with crops and averaged weights (docs/recipe.md): so short a training ends less far
+    from where it leads, and less by chance. A row of zeros in `targets` is no answer: that view is learnt from its label
     alone. Deterministic in the seed on a CPU, wherever it was interrupted: it goes on from its checkpoint. Raises UserError
     when the loss is not finite, or the checkpoint is another student's, KeyboardInterrupt when it is asked to stop.
     """
@@ -92,7 +93,8 @@ def train_student(
                 done += 1
             done += 1
             rows = torch.tensor([place[view] for view in found])
-            logits = student(clips)
+            uniform = seed_step(seed, done).random((len(clips), NUM_DRAWS))
+            logits = student(crop_and_erase(clips, uniform, recipe.crop, 0.0))
             told = answered[rows]
             loss = recipe.label_weight * cross_entropy(logits, labels[rows].to(views.device))
             if told.any():
