@@ -48,6 +48,8 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
             "plain": (),
             "all": ("--transfer", "all"),
             "long": ("--epochs", "8"),
+            "crop": CROP,
+            "long_crop": ("--epochs", "8", *CROP),
             "all_long": ("--transfer", "all", "--epochs", "8"),
             "all_long_crop": ("--transfer", "all", "--epochs", "8", *CROP),
         },
