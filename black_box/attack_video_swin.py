@@ -92,7 +92,7 @@ def main(config: Config, run: Run) -> dict:
         create_optimizer(config.optimizer, student.parameters(), config.student_lr, config.weight_decay),
         create_optimizer(config.optimizer, generator.parameters(), config.generator_lr, config.weight_decay),
         method, clip_shape=(3, config.num_frames, config.size, config.size), batch_size=config.batch_size,
-        replay_clips=config.replay_clips if replay_steps else 0, seed=config.seed, rival=rival,
+        replay_clips=config.replay_clips if replay_steps else 0, seed=config.seed, rival=rival, crop=config.student_crop,
     )  # fmt: skip
     per_iteration = config.generator_steps * (0 if rival else 1 + num_directions) + config.student_steps
     num_queries = config.iterations * config.batch_size * per_iteration

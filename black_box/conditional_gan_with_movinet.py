@@ -77,7 +77,7 @@ def main(config: Config, run: Run) -> dict:
         create_optimizer(config.optimizer, student.parameters(), config.student_lr, config.weight_decay),
         create_optimizer(config.optimizer, generator.parameters(), config.generator_lr, config.weight_decay),
         METHODS["maze"], clip_shape=(3, config.num_frames, config.size, config.size), batch_size=config.batch_size,
-        replay_clips=config.replay_clips if config.replay_steps else 0, seed=config.seed,
+        replay_clips=config.replay_clips if config.replay_steps else 0, seed=config.seed, crop=config.student_crop,
     )  # fmt: skip
     iterations = config.generator_iterations + config.iterations
     num_queries = config.batch_size * (

@@ -58,7 +58,7 @@ def main(config: Config, run: Run) -> dict:
         victim, student, generator,
         create_optimizer(config.optimizer, student.parameters(), config.student_lr, config.weight_decay),
         None, METHODS["maze"], clip_shape=(3, config.num_frames, config.size, config.size), batch_size=config.batch_size,
-        replay_clips=config.replay_clips if config.replay_steps else 0, seed=config.seed,
+        replay_clips=config.replay_clips if config.replay_steps else 0, seed=config.seed, crop=config.student_crop,
     )  # fmt: skip
     num_queries = config.iterations * config.batch_size * config.student_steps
     with DataFree(

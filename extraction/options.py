@@ -287,6 +287,8 @@ class DataFreeOptions:
     """Student steps on replayed clips in an iteration; they cost no query."""
     replay_clips: Count = 8192
     """Answered clips kept for replay, 3 * T * H * W bytes each."""
+    student_crop: Annotated[float, Range(0, 0.9)] = 0.0
+    """Replay random crops of kept clips, a side up to this fraction shorter; 0: the clips themselves."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """adam, or sgd with momentum 0.9 (as MAZE and DFME train students of small images)."""
     student_lr: Rate

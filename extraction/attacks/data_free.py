@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from extraction import distributed
 from extraction.attacks.losses import answers_to_logits, answers_to_targets, kl_loss, l1_loss
+from extraction.attacks.recipe import NUM_DRAWS, crop_and_erase
 from extraction.attacks.replay import Replay
 from extraction.attacks.zeroth_order import estimate_gradient
 from extraction.errors import BudgetExhausted, UserError, printable
@@ -111,6 +112,7 @@ class Attacker:
         replay_clips: int,
         seed: int,
         rival: Student | None = None,
+        crop: float = 0.0,
     ):
         self.victim, self.student, self.rival = victim, student, rival  # the second of two students
         like_the_first: Any = type(student_optimizer)
@@ -119,7 +121,7 @@ class Attacker:
         self.student_optimizer, self.generator_optimizer = student_optimizer, generator_optimizer
         if batch_size % distributed.num_processes():
             raise UserError(f"--batch-size {batch_size}: it must be a multiple of the {distributed.num_processes()} processes")
-        self.method, self.batch_size, self.seed = method, batch_size, seed
+        self.method, self.batch_size, self.seed, self.crop = method, batch_size, seed, crop
         self._student_forward = distributed.parallel(student)
         self._rival_forward = distributed.parallel(rival) if rival is not None else None
         self._generator_forward = distributed.parallel(generator) if generator_optimizer is not None else generator
@@ -240,12 +242,16 @@ class Attacker:
             self.replay.push(distributed.gather_tensor(clips), distributed.gather_tensor(targets), self._replay_rng)
 
     def step_replay(self) -> None:
-        """Train the student on a batch of kept clips: no query."""
+        """Train the student on a batch of kept clips, cropped at random with `crop`: no query."""
         kept = [distributed.shard(part) for part in self.replay.sample(self.batch_size, self._replay_rng)]
         if self.device.type == "cuda":  # pinned memory is copied while the device works on the step before
             kept = [part.pin_memory() for part in kept]
         clips, targets = (part.to(self.device, non_blocking=True) for part in kept)
-        self._learn(clips.float() / 255, targets)
+        views = clips.float() / 255
+        if self.crop:  # of the whole batch, so that any number of processes draws alike
+            uniform = torch.rand(self.batch_size, NUM_DRAWS, dtype=torch.float64, generator=self._replay_rng)
+            views = crop_and_erase(views, distributed.shard(uniform).numpy(), self.crop, 0.0)
+        self._learn(views, targets)
 
     def _learn(self, views: Tensor, targets: Tensor) -> None:
         loss = self._fit(self._student_forward, self.student_optimizer, views, targets)

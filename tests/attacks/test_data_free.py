@@ -115,6 +115,28 @@ def test_a_generator_goes_where_two_students_disagree_and_asks_nothing():
 # --- losses and methods --------------------------------------------------------------------------------------------
 
 
+def test_replayed_clips_are_cropped_and_fresh_ones_are_not(monkeypatch):
+    shown = []
+    monkeypatch.setattr(Attacker, "_learn", lambda attacker, views, targets: shown.append((views, targets)))
+    for crop in (0.0, 0.3, 0.3):
+        torch.manual_seed(0)
+        student, generator = create_student("r2plus1d_tiny", 2), create_generator("layered", 2, 4, 24)
+        attacker = Attacker(
+            Brightness(), student, generator, torch.optim.SGD(student.parameters(), 0.0), None, METHODS["maze"],
+            clip_shape=(3, 4, 24, 24), batch_size=4, replay_clips=4, seed=0, crop=crop,
+        )  # fmt: skip
+        attacker.begin(0)
+        attacker.step_student()
+        attacker.step_replay()
+    fresh, replayed = shown[::2], shown[1::2]
+    assert all(torch.equal(views, fresh[0][0]) for views, _ in fresh)
+    (whole, told), (cropped, same), (again, _) = replayed
+    assert torch.equal(told, same)  # the answers are those to the whole clips
+    assert whole.shape == cropped.shape
+    assert 0.001 < (whole - cropped).abs().mean() < 0.2
+    assert torch.equal(cropped, again)
+
+
 def test_methods_and_schedules_are_the_published_ones():
     assert (METHODS["maze"].num_directions, METHODS["maze"].replay_steps) == (10, 10)
     assert (METHODS["dfme"].num_directions, METHODS["dfme"].replay_steps) == (1, 0)
