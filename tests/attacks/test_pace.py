@@ -52,7 +52,7 @@ def test_where_there_is_nothing_to_choose_nothing_is_tried(two_threads, monkeypa
 
 def test_a_run_keeps_to_its_choice_and_resumes_with_it(demo_set, tmp_path, two_threads, monkeypatch):
     demo = swin_to_r21_kd.DEMO | dict(
-        demo=False, in_domain=str(demo_set / "train_5per"), val=str(demo_set / "val"), epochs=2, num_workers=0, batch_size=2,
+        demo=False, in_domain=str(demo_set / "train_5per"), val=str(demo_set / "val"), epochs=1, num_workers=0, batch_size=2,
         aux=(), out_dir=str(tmp_path / "whole"), checkpoint_seconds=0.0,
     )  # fmt: skip
     config, faster, clock, seen, step = swin_to_r21_kd.Config(**demo), 2, 0.0, [], Training.step
@@ -70,7 +70,7 @@ def test_a_run_keeps_to_its_choice_and_resumes_with_it(demo_set, tmp_path, two_t
     monkeypatch.setattr(Training, "step", noted)
     results = swin_to_r21_kd.main(config)
     assert results["pace"] == "turns"
-    assert seen == [1] * 6 + [2] * 30  # 18 batches an epoch
+    assert seen == [1] * 6 + [2] * 12
     assert torch.get_num_threads() == 1
 
     def interrupted(training, loss):
@@ -87,8 +87,3 @@ def test_a_run_keeps_to_its_choice_and_resumes_with_it(demo_set, tmp_path, two_t
     assert swin_to_r21_kd.main(parts)["pace"] == "turns"
     whole, resumed = ((tmp_path / name / "student.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == resumed
-    for fixed, threads in (("overlap", 1), ("turns", 2)):
-        seen.clear()
-        monkeypatch.setattr(Training, "step", noted)
-        swin_to_r21_kd.main(dataclasses.replace(config, epochs=1, pace=fixed, out_dir=str(tmp_path / fixed)))
-        assert set(seen) == {threads}
