@@ -73,7 +73,7 @@ def main(config: Config) -> str:
         for (answers, _), experiment in built.items():
             for seed in config.seeds:
                 results = read_run(Path(config.out_dir) / f"seed_{seed}" / experiment.name)
-                if results is not None:
+                if results is not None and "unseen_agreement_at_1" in results:  # interrupted runs are not scored there yet
                     points = curves.setdefault(answers, {})
                     points.setdefault(results["num_queries"], []).append(results["unseen_agreement_at_1"])
         if curves:

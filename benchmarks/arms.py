@@ -1,11 +1,12 @@
 """The table of arms: what each change of the training recipe is worth at equal queries, alone and together.
 
     python benchmarks/arms.py --group grey_box --seeds 0 1 2 --jobs 2
-    python benchmarks/arms.py --group grey_box --seeds 0 1 2 3 4 --split unseen --only plain long
+    python benchmarks/arms.py --group grey_box --seeds 0 1 2 3 4 --split unseen --only plain crop_t4_long
 
 The demo's victim, clips and students; an arm is the script of its group with flags more, and asks the same queries. Constants
 are chosen on the 600 `tune` videos (the default here: runs then see no others); `--split unseen` scores on the 240 and the
-1 200, for tables. Differences are paired by seed. What is finished is not run again. Writes `table.md` and `table.png`.
+1 200, for tables. All arms average their weights too (`--ema`), which changes no other: the average has a row of its own.
+Differences are paired by seed. What is finished is not run again. Writes `table.md` and `table.png`.
 """
 
 from dataclasses import dataclass

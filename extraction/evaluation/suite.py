@@ -118,9 +118,8 @@ def write_table(
     """Write `table.md` and `table.png` into `out_dir` from the results there are. Returns the Markdown.
 
     With several seeds a figure is their mean and standard deviation. Averaged weights (`--ema`) have a row of their own, below
-    their run's. `against` names an experiment: a column more has the
-    paired differences to it in the table's first score, with their standard error. Raises UserError when there are no results
-    at all.
+    their run's. `against` names an experiment: a column more has the paired differences to it in the table's first score, with
+    their standard error. Raises UserError when there are no results at all.
     """
     out_dir = Path(out_dir)
 
