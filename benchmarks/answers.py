@@ -3,10 +3,11 @@
     python benchmarks/answers.py --seeds 0 1 2 --jobs 2
     python benchmarks/answers.py --grey-box "--schedule one_cycle" --level 80
 
-Grey-box are videos of the task and unrelated ones (`grey_box/swin_to_r21.py` with --aux), label-only moving pictures
-(`black_box/natural_images_label_only.py`), on the demo's victim, scored on its 1 200 unseen videos. Students of one attack take
-as many steps whatever they were answered. Constants come by `--grey-box` and `--label-only`, as `benchmarks/arms.py` chose
-them on other videos. What is finished is not run again. Writes `table.md`, `worth.md` and `agreement.png`.
+Grey-box are videos of the task and unrelated ones (`grey_box/swin_to_r21.py` with --aux; with the true labels of the task's
+videos `swin_to_r21_kd.py`), label-only moving pictures (`black_box/natural_images_label_only.py`), on the demo's victim, scored
+on its 1 200 unseen videos. Students of one attack take as many steps whatever they were answered. Constants are those that
+`benchmarks/arms.py` chose on other videos; `--grey-box` and `--label-only` change them. Of students with `--ema` the averaged
+one counts. What is finished is not run again. Writes `table.md`, `worth.md` and `agreement.png`.
 """
 
 import shlex
@@ -21,11 +22,15 @@ from extraction.evaluation.suite import Experiment, run_all
 from extraction.experiment import run_script
 from extraction.weights import write_text
 
-ANSWERS = {
-    "probs": (),
-    "1 decimal": ("--decimals", "1"),
-    "top5": ("--answers", "top5"),
-    "label": ("--answers", "label"),
+# Temperatures are for probabilities that are whole.
+PLAIN, KD = "grey_box/swin_to_r21.py", "grey_box/swin_to_r21_kd.py"
+ANSWERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "probs": (PLAIN, ("--temperature", "4")),
+    "probs with true labels": (KD, ("--temperature", "4")),
+    "1 decimal": (PLAIN, ("--decimals", "1")),
+    "top5": (PLAIN, ("--answers", "top5")),
+    "label": (PLAIN, ("--answers", "label")),
+    "label with true labels": (KD, ("--answers", "label")),
 }
 GREY_BOX, LABEL_ONLY = (660, 2640, 10_560), (1000, 4200, 10_000)
 CLIPS = 2640  # of the demo's labelled share and its unrelated videos
@@ -35,8 +40,8 @@ SHOWN = 24_000  # clips of a label-only student
 
 @dataclass(frozen=True, kw_only=True)
 class Config(options.SweepOptions):
-    grey_box: str = ""
-    """Flags more for grey_box/swin_to_r21.py, in one string."""
+    grey_box: str = "--student-crop 0.2 --ema 0.99"
+    """Flags more for the scripts of grey_box, in one string."""
     label_only: str = "--transfer all"
     """Flags more for black_box/natural_images_label_only.py, in one string."""
     level: options.Rate = 80.0
@@ -50,8 +55,9 @@ class Config(options.SweepOptions):
 def build_grey_box(config: Config, answers: str, budget: int) -> Experiment:
     clips = min(budget, CLIPS)
     flags = ["--aux", "ucf101", "hmdb51", "--num-clips", clips, "--views-per-clip", budget // clips]
-    flags += ["--epochs", PASSES * CLIPS // clips, *ANSWERS[answers], *shlex.split(config.grey_box)]
-    return Experiment(f"{answers} {budget}", "grey_box/swin_to_r21.py", "-", tuple(str(flag) for flag in flags))
+    script, own = ANSWERS[answers]
+    flags += ["--epochs", PASSES * CLIPS // clips, *own, *shlex.split(config.grey_box)]
+    return Experiment(f"{answers} {budget}", script, "-", tuple(str(flag) for flag in flags))
 
 
 def build_label_only(config: Config, budget: int) -> Experiment:
@@ -74,8 +80,8 @@ def main(config: Config) -> str:
             for seed in config.seeds:
                 results = read_run(Path(config.out_dir) / f"seed_{seed}" / experiment.name)
                 if results is not None and "unseen_agreement_at_1" in results:  # interrupted runs are not scored there yet
-                    points = curves.setdefault(answers, {})
-                    points.setdefault(results["num_queries"], []).append(results["unseen_agreement_at_1"])
+                    score = results.get("unseen_agreement_at_1_ema", results["unseen_agreement_at_1"])
+                    curves.setdefault(answers, {}).setdefault(results["num_queries"], []).append(score)
         if curves:
             draw_budgets(Path(config.out_dir) / "agreement.png", curves, "agreement@1 on unseen videos")
             worth = describe_worth(curves, config.level)

@@ -5,8 +5,8 @@
 
 The demo's victim, clips and students; an arm is the script of its group with flags more, and asks the same queries. Constants
 are chosen on the 600 `tune` videos (the default here: runs then see no others); `--split unseen` scores on the 240 and the
-1 200, for tables. All arms average their weights too (`--ema`), which changes no other: the average has a row of its own.
-Differences are paired by seed. What is finished is not run again. Writes `table.md` and `table.png`.
+1 200, for tables. All arms with data average their weights too (`--ema`), which changes no other: the average has a row of its
+own. Differences are paired by seed. What is finished is not run again. Writes `table.md` and `table.png`.
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ def rates(rate: float) -> tuple[str, ...]:
 # A group: its script, the flags of all its arms, and the flags of each. The first arm is what the others are compared with.
 VIDEO = ("--aux", "ucf101", "hmdb51", "--ema", "0.99")
 ONE_CYCLE, CROP, T4, LONG = ("--schedule", "one_cycle"), ("--student-crop", "0.2"), ("--temperature", "4"), ("--epochs", "18")
+REPLAY = ("--replay-steps", "20")
 VIDEO_ARMS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "one_cycle": ONE_CYCLE,
@@ -44,7 +45,7 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "grey_box_once": ("grey_box/swin_to_r21.py", (*VIDEO, "--epochs", "9", "--views-per-clip", "1"), VIDEO_ARMS),
     "label_only": (
         "black_box/natural_images_label_only.py",
-        ("--ema", "0.99"),
+        ("--ema", "0.99", "--epochs", "4", "--student-crop", "0"),
         {
             "plain": (),
             "all": ("--transfer", "all"),
@@ -55,13 +56,24 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
             "all_long_crop": ("--transfer", "all", "--epochs", "8", *CROP),
         },
     ),
+    "data_free": (
+        "black_box/attack_video_swin.py",
+        (),
+        {
+            "plain": (),
+            "crop": CROP,
+            "replay": REPLAY,
+            "crop_replay": (*CROP, *REPLAY),
+            "crop_replay_all": (*CROP, *REPLAY, "--replay-clips", "12800"),
+        },
+    ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(options.SweepOptions):
-    group: Literal["grey_box", "grey_box_once", "label_only"] = "grey_box"
-    """Whose arms: distillation for 10 560 queries, or of each clip once (2 640); labels of moving pictures (4 200)."""
+    group: Literal["grey_box", "grey_box_once", "label_only", "data_free"] = "grey_box"
+    """Whose arms: distillation for 10 560 queries, or of each clip once (2 640); labels of moving pictures (4 200); MAZE."""
     only: tuple[str, ...] = ()
     """Run and tabulate only these arms; the others' differences need the first."""
     split: Literal["tune", "unseen"] = "tune"

@@ -81,8 +81,9 @@ DEMO = options.DEMO | dict(
     num_rounds=12,
     per_round=300,
     quota=250,
-    epochs=4,
+    epochs=8,
     lr=2e-3,
+    student_crop=0.2,
 )
 
 

@@ -253,7 +253,7 @@ class QueryOptions:
     matching: Literal["kl", "logits"] = "kl"
     """kl: KL(victim || student); logits: squared differences of log-probabilities and logits, each about its mean."""
     temperature: Annotated[float, Range(0.1, 1000)] = 1.0
-    """Soften the victim's answers and the student's by this temperature in the KL; not for labels."""
+    """Soften the victim's answers and the student's by this temperature in the KL; labels are matched as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)

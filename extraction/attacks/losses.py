@@ -46,18 +46,16 @@ def choose_matching(
     `match_logits`. Called with student logits and victim probabilities, both (B, num_classes).
 
     The logarithm of a probability that was rounded away is none: probabilities are clamped at half of the last decimal, and at
-    1e-6 where nothing was rounded; of logits none is. Raises UserError for labels, which have one probability alone, and for a
-    temperature that would have no effect.
+    1e-6 where nothing was rounded; of logits none is. `temperature` is that of the KL to probabilities, and changes nothing
+    else: a label has one alone, which none softens. Raises UserError for logits that are to match a label.
     """
-    if matching == "kl" and temperature == 1.0:
+    if matching == "kl" and (temperature == 1.0 or answers == "label"):
         return kl_divergence
     if answers == "label":
-        raise UserError("--answers label: it has no probabilities that --matching logits or a --temperature could match")
+        raise UserError("--answers label: it has no probabilities that --matching logits could match")
     floor = torch.finfo(torch.float32).tiny if answers == "logits" else 1e-6 if decimals is None else 0.5 * 10.0**-decimals
     if matching == "kl":
         return partial(soft_kl_divergence, temperature=temperature, floor=floor)
-    if temperature != 1.0:
-        raise UserError(f"--temperature {temperature}: --matching logits has none; leave one of them away")
     return partial(match_logits, floor=floor)
 
 
