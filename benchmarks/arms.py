@@ -25,7 +25,7 @@ def rates(rate: float) -> tuple[str, ...]:
 # A group: its script, the flags of all its arms, and the flags of each. The first arm is what the others are compared with.
 VIDEO = ("--aux", "ucf101", "hmdb51", "--ema", "0.99")
 ONE_CYCLE, CROP, T4, LONG = ("--schedule", "one_cycle"), ("--student-crop", "0.2"), ("--temperature", "4"), ("--epochs", "18")
-REPLAY = ("--replay-steps", "20")
+REPLAY, ALL = ("--replay-steps", "20"), ("--replay-clips", "8192")
 VIDEO_ARMS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "one_cycle": ONE_CYCLE,
@@ -58,13 +58,14 @@ GROUPS: dict[str, tuple[str, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     ),
     "data_free": (
         "black_box/attack_video_swin.py",
-        (),
+        ("--replay-steps", "6", "--replay-clips", "1024", "--student-crop", "0"),
         {
             "plain": (),
             "crop": CROP,
             "replay": REPLAY,
+            "replay_all": (*REPLAY, *ALL),
             "crop_replay": (*CROP, *REPLAY),
-            "crop_replay_all": (*CROP, *REPLAY, "--replay-clips", "12800"),
+            "crop_replay_all": (*CROP, *REPLAY, *ALL),
         },
     ),
 }

@@ -2,7 +2,7 @@
 
 pip install -e '.[peers]'
 python benchmarks/peers.py
-python benchmarks/peers.py --only ours_probs --ours "--schedule one_cycle --ema 0.99" --out-dir runs/peers_recipe
+python benchmarks/peers.py --ours "--student-crop 0.2 --temperature 4 --ema 0.99" --out-dir runs/peers_recipe
 
 The peers are the Adversarial Robustness Toolbox 1.20.1 (`CopycatCNN` by labels, arXiv 1806.05476; `KnockoffNets`, arXiv
 1812.02766, random by probabilities and adaptive by labels) and the loop of ML-Doctor (arXiv 2102.02551), its answers cached:
@@ -221,10 +221,13 @@ def tabulate(config: Config, methods: list[str]) -> str:
     for method in methods:
         folders = [Path(config.out_dir) / f"seed_{seed}" / method for seed in config.seeds]
         runs = [run | json.loads((f / "measured.json").read_text()) for f in folders if (run := read_run(f))]
-        columns: list[tuple[str, float, int]] = [("num_queries", 1, 0), ("steps", 1, 0), ("unseen_top1", 100, 1)]
-        columns += [("unseen_agreement_at_1", 100, 1), ("seconds", 1, 0), ("peak_mb", 1, 0)]
-        cells = [describe_spread([scale * run[name] for run in runs], digits) for name, scale, digits in columns]
-        rows.append([method, METHODS[method], *cells])
+        for suffix in ("", "_ema"):
+            if not all(f"unseen_top1{suffix}" in run for run in runs):
+                continue
+            columns: list[tuple[str, float, int]] = [("num_queries", 1, 0), ("steps", 1, 0), (f"unseen_top1{suffix}", 100, 1)]
+            columns += [(f"unseen_agreement_at_1{suffix}", 100, 1), ("seconds", 1, 0), ("peak_mb", 1, 0)]
+            cells = [describe_spread([scale * run[name] for run in runs], digits) for name, scale, digits in columns]
+            rows.append([f"{method}, averaged" if suffix else method, METHODS[method], *cells])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     text = "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
     seeds = ", ".join(map(str, config.seeds))

@@ -10,6 +10,7 @@ finished is not run again, and the victim's owner keeps the logits of clips that
 changes no bill. Writes `table.md` and `agreement.png`, agreement against queries.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,9 @@ class Config(options.SweepOptions, options.VictimFileOptions):
     """Learning rate of the head, and of a student from nothing."""
     body_lr: options.Rate = 0.0
     """That of a backbone that knows ImageNet; 0: it stays as it is."""
+    recipe: str = ""
+    """Flags more for the scripts that train on given clips (docs/recipe.md), in one string; of students with --ema the averaged
+    one is drawn."""
     num_workers: options.Natural = 2
     """Data loader workers, one per core at most."""
     out_dir: str = "runs/real_victim"
@@ -100,6 +104,8 @@ def build_experiment(config: Config, data: Path, attack: str, student: str, budg
         flags = ["--aux", data / "web", *robot, "--clip-interval", 6]
         flags += ["--num-clips", budget // views, "--views-per-clip", views, "--epochs", config.epochs * views]
         flags += ["--head-lr", config.lr, "--body-lr", body_lr]
+    if attack not in ("random_noise", "maze"):
+        flags += shlex.split(config.recipe)
     record = "victim_{node}.record" if config.cluster else "victim.record"  # which machines cannot share
     victim = ["--victim", config.victim, "--victim-record", Path(config.out_dir) / record]
     for flag in ("victim_weights", "victim_classes", "victim_about"):
@@ -143,7 +149,7 @@ def main(config: Config) -> str:
                 results = read_run(out_dir / f"seed_{seed}" / name_run(attack, student, budget))
                 if results is not None:
                     points = curves.setdefault(f"{attack.replace('_', ' ')}, from {student}", {})
-                    points.setdefault(budget, []).append(results["agreement_at_5"])
+                    points.setdefault(budget, []).append(results.get("agreement_at_5_ema", results["agreement_at_5"]))
         if curves:
             draw_budgets(out_dir / "agreement.png", curves, "agreement@5")
 

@@ -65,13 +65,14 @@ DEMO = options.DEMO | dict(
     generator="layered",
     iterations=50,
     batch_size=32,
-    replay_steps=6,
+    replay_steps=20,
     num_directions=2,
     epsilon=0.03,
-    replay_clips=1024,
+    student_crop=0.2,
     student_lr=2e-3,
     generator_lr=3e-4,
     score_every=3200,
+    checkpoint_seconds=60.0,  # with 900 MB of clips for replay
 )
 
 
