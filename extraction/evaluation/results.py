@@ -147,6 +147,8 @@ def print_results(*runs: dict) -> dict:
         rows.append([f"student, {name}", *(percent(run.get(score)) for score in SCORES), str(count_queries(run))])
         if "intervals" in run:  # of the videos alone: what another random seed would change is not in it
             rows.append(["  95 % interval", *(percent_range(run["intervals"].get(score)) for score in SCORES), "-"])
+        if "agreement_at_1_ema" in run or "top1_ema" in run:
+            rows.append(["  its averaged weights", *(percent(run.get(f"{score}_ema")) for score in SCORES), "-"])
     chance = [percent(last["chance_top1"]), percent(5 * last["chance_top1"])]
     labelled = any(run.get("top1") is not None for run in runs)
     rows.append(["chance", *(chance if labelled else ["-", "-"]), *chance, "-"])

@@ -102,8 +102,8 @@ def test_runs_of_one_experiment_are_told_apart_by_what_differs(tmp_path, capsys)
     assert names[1:3] == ["student, swin_to_r21, answers probs", "student, swin_to_r21, answers label"]
 
 
-def test_without_labels_there_is_agreement_alone_with_its_interval(capsys):
-    none = dict(top1=None, top5=None, victim_top1=None, victim_top5=None)
+def test_without_labels_there_is_agreement_alone_with_its_interval_and_that_of_averaged_weights(capsys):
+    none = dict(top1=None, top5=None, victim_top1=None, victim_top5=None, agreement_at_1_ema=0.3, agreement_at_5_ema=0.8)
     intervals = dict(agreement_at_1=[0.201, 0.304], agreement_at_5=[0.7, 0.8], mean_kl=[1.0, 1.5])
     print_results(RESULTS | none | dict(intervals=intervals, mean_kl=1.25))
     out = capsys.readouterr().out
@@ -112,6 +112,7 @@ def test_without_labels_there_is_agreement_alone_with_its_interval(capsys):
         ["victim", "-", "-", "-", "-", "-"],
         ["student, swin_to_r21", "-", "-", "25.0", "75.0", "711"],
         ["  95 % interval", "-", "-", "20.1-30.4", "70.0-80.0", "-"],
+        ["  its averaged weights", "-", "-", "30.0", "80.0", "-"],
         ["chance", "-", "-", "8.3", "41.7", "-"],
     ]
     assert below == "mean KL(victim || student), swin_to_r21: 1.250 nats"
