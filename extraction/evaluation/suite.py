@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -66,7 +67,8 @@ def run_all(
     What is finished is not run again; what was interrupted, or ended by its query budget, goes on. In the demo each student is
     scored on the unseen videos too. Writes and prints the table, and returns it; `document` names a script between whose
     markers docs/results.md gets the table. `only` names the experiments to take, `against` the one that the table compares the
-    others with. `jobs` and `cluster` are those of `run_cells`: a cell is an experiment and what builds on it, of one seed.
+    others with. `jobs` and `cluster` are those of `run_cells`: a cell is an experiment and what builds on it, of one seed. The
+    clips that the runs decode are kept in `out_dir/clip_cache` until none has failed.
     Raises UserError for a name that is none, and at the end, with their names, when experiments failed; the others
     are in the table all the same.
     """
@@ -77,6 +79,7 @@ def run_all(
         raise UserError(f"no experiment is called {min(unknown)}; there are {', '.join(e.name for e in experiments)}")
     experiments = [experiment for experiment in experiments if not only or experiment.name in only]
     chains, alone = _chain(experiments), jobs == 1 and cluster is None
+    cache = Path(out_dir) / "clip_cache"  # of all seeds
     numbers = {experiment.name: number for number, experiment in enumerate(experiments, 1)}
 
     def plan_step(seed: int, experiment: Experiment) -> Step:
@@ -84,8 +87,7 @@ def run_all(
         runs = Path(out_dir) / f"seed_{seed}"
         about = f"{script} {printable(' '.join(flags))}" if alone else name
         given = [*(["--demo"] if demo else []), *(flag.replace("{runs}", str(runs)) for flag in flags)]
-        shared = ["--clip-cache", Path(out_dir) / "clip_cache"]  # of all seeds
-        command = [PROJECT / script, "--out-dir", runs / name, "--seed", seed, *shared, *given]
+        command = [PROJECT / script, "--out-dir", runs / name, "--seed", seed, "--clip-cache", cache, *given]
         title = f"[seed {seed}, {numbers[name]} of {len(experiments)}] {about}"
         return Step(f"{name} (seed {seed})", title, str(runs / name), tuple(str(part) for part in command))
 
@@ -109,6 +111,7 @@ def run_all(
         write_between_markers(PROJECT / "docs/results.md", document, table)
     if failed:
         raise UserError(failure)
+    shutil.rmtree(cache, ignore_errors=True)  # gigabytes that no run waits for
     return table
 
 

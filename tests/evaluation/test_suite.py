@@ -47,12 +47,15 @@ def experiments(tmp_path):
 
 def test_a_failure_is_named_and_only_what_is_missing_runs_again(experiments, tmp_path):
     runs = tmp_path / "runs"
+    (runs / "clip_cache" / "clips").mkdir(parents=True)
     with pytest.raises(UserError, match=r"failed: second \(seed 0\), second \(seed 1\)"):
         run_all(experiments, runs, True, (0, 1))
+    assert (runs / "clip_cache" / "clips").is_dir()
     table = (runs / "table.md").read_text()
     assert "| second | - | - | - | - | - | - | - | - | - | - / 8.3 |" in table
     (tmp_path / "fixed").touch()
     table = run_all(experiments, runs, True, (0, 1))
+    assert not (runs / "clip_cache").exists()
     assert (runs / "seed_0" / "first" / "count").read_text() == "x"
     assert (runs / "seed_0" / "second" / "count").read_text() == "xx"
     row = "| {} | demo_swin 97.9 | tiny | 1000 ± 1 | 45.0 ± 7.1 | 30.0 | 55.0 ± 7.1 | 90.0 | 25.0 | 3 | {} |"
