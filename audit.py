@@ -63,7 +63,7 @@ _SHARES_PER_JOB, _SHARES = 4, 32
 
 @dataclass(frozen=True, kw_only=True)
 class Config(
-    options.Options, options.InDomainOptions, options.VideoOptions, options.QueryOptions, options.ScoredVictimOptions,
+    options.Options, options.InDomainOptions, options.FootageOptions, options.TransferOptions, options.ScoredVictimOptions,
     options.GeneratorOptions, options.SweepOptions,
 ):  # fmt: skip
     victim: str = "swin_b_k400"

@@ -214,8 +214,8 @@ class RecipeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoOptions(RecipeOptions):
-    """How videos are cut and augmented, and how a student is trained on them."""
+class FootageOptions:
+    """How videos are cut and augmented, how often a student sees them, and its learning rates."""
 
     clip_interval: Count
     """Frames from the start of a clip to the start of the next."""
@@ -243,13 +243,24 @@ class VideoOptions(RecipeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueryOptions:
-    """What is sent beside the in-domain videos, how often, and how its answers are matched."""
+class VideoOptions(FootageOptions, RecipeOptions):
+    """Videos, and how a student is trained on them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferOptions:
+    """What is sent beside the in-domain videos, and how often."""
 
     aux: tuple[str, ...] = ()
     """Unrelated videos: ucf101, hmdb51, moments_in_time, or any folders."""
     views_per_clip: Count | None = None
     """Cycle through this many views of a clip instead of a new one each epoch, which bounds the queries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryOptions(TransferOptions):
+    """What is sent, and how the answers are matched."""
+
     matching: Literal["kl", "logits"] = "kl"
     """kl: KL(victim || student); logits: squared differences of log-probabilities and logits, each about its mean."""
     temperature: Annotated[float, Range(0.1, 1000)] = 1.0
