@@ -1,7 +1,9 @@
 """Pictures of a run: curves, bars, sheets of clips. Matplotlib and nothing else."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from torch import Tensor
@@ -83,11 +85,13 @@ def draw_budgets(path: str | Path, curves: Mapping[str, Mapping[int, Sequence[fl
         ]
         axes.errorbar(budgets, means, reach, marker="o", markersize=3, capsize=2, label=name)
     axes.set_xscale("log")
-    axes.set_xticks(sorted({budget for points in curves.values() for budget in points}))
+    budgets = sorted({budget for points in curves.values() for budget in points})
+    axes.set_xticks([b for b, after in pairwise([*budgets, math.inf]) if after > 1.2 * b])  # near ones would be on each other
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.minorticks_off()
     axes.set(xlabel="queries", ylabel=f"{metric}, %")
-    axes.set_ylim(bottom=0)
+    least = min(100 * score for points in curves.values() for scores in points.values() for score in scores)
+    axes.set_ylim(bottom=max(0, 10 * (least // 10) - 10))
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=8)
     _save(figure, path, 120)
