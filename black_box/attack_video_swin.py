@@ -16,8 +16,8 @@ Kinetics-400 (chance is 1.25 / 0.25); its generator mixed frames and channels, s
 generator of few numbers, `layered`, which knows that something moves in front of something else: most of its score comes
 from that knowledge, hardly any from the generator's 50 steps.
 
-The demo, on 1 200 unseen videos: 47.1 ± 7.7 top-1, 46.6 ± 7.5 agreement@1 after 12 800 queries (three seeds; victim 97.1, chance
-8.3).
+The demo, on 1 200 unseen videos: 47.1 ± 7.7 top-1, 46.6 ± 7.5 agreement@1 after 12 800 queries (three seeds; victim 97.1,
+chance 8.3).
 """
 
 from dataclasses import dataclass
