@@ -317,3 +317,14 @@ def test_what_answers_are_worth_is_read_off_their_curves():
         "| top5 | at most 100 | - |",
         "| 1 decimal | more than 100 | - |",
     ]
+
+
+def test_growth_measures_what_it_says_and_leaves_nothing(demo_set, tmp_path, capsys, monkeypatch):
+    growth = importlib.import_module("growth")
+    monkeypatch.setattr(growth, "write_demo_set", lambda *_: demo_set)
+    growth.main(growth.Config(videos=(40,), answers=(60,), clips=(50,), folder=str(tmp_path)))
+    tables = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if re.match(r"\| \d", line)]
+    videos, answers, clips = ([re.search(r"[\d.]+", cell)[0] for cell in row] for row in tables)
+    assert (videos[0], answers[0], clips[0]) == ("40", "60", "50")
+    assert float(videos[2]) < float(videos[1])  # the second start opens no video
+    assert list(tmp_path.iterdir()) == []
