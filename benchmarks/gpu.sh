@@ -38,6 +38,7 @@ declare -A command=(
 order=(tests demo train_step profile kernels batch_32 batch_64 batch_128 not_compiled data_free_step data_free_profile victims
   loader growth)
 if [ "$SCALE" = demo ]; then
+  command[tests]+=" --collect-only"
   command[demo]+=" --epochs 1"
   command[victims]+=" --victims demo_swin demo_movinet --repeats 1"
   command[loader]+=" --clips 8 --repeats 1 --num-workers 1 --prefetch 2"
