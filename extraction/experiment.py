@@ -229,8 +229,9 @@ def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None
             # Batches in huge pages: on a CPU the kernel's handing out of small ones takes longer than making views does.
             os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first tensor
             if "OMP_NUM_THREADS" not in os.environ:  # threads beside the loader's workers, not against them: that halves it
-                threads = torch.get_num_threads()
-                torch.set_num_threads(max(1, threads - min(getattr(config, "num_workers", 0), threads // 2)))
+                threads, workers = torch.get_num_threads(), getattr(config, "num_workers", 0)
+                if isinstance(workers, int):  # benchmarks/loader.py has several numbers
+                    torch.set_num_threads(max(1, threads - min(workers, threads // 2)))
             distributed.start(getattr(config, "device", "auto"))
             main(config)
             distributed.end()
