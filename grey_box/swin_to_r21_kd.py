@@ -8,8 +8,8 @@ label for the clips of the victim's own task. The 2022 report had 54.8 top-5 / 3
 400 000 queries; its loss and its Gumbel noise are corrected here, so expect other numbers.
 
 The demo, on 1 200 unseen videos, its averaged weights: 97.2 ± 0.4 top-1, 95.0 ± 0.3 agreement@1 after 10 560 queries (three
-seeds; victim 97.1, chance 8.3). There true labels add nothing to probabilities, and two points where the victim answers labels
-(docs/results.md, "What an answer is worth").
+seeds; victim 97.1, chance 8.3). There one seed shows nothing that true labels add to probabilities, and one or two points
+where the victim answers labels (docs/results.md, "What an answer is worth").
 """
 
 from dataclasses import dataclass
