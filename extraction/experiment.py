@@ -235,7 +235,7 @@ def run_script(main: Callable[[Any], Any], config_class: type, demo: dict | None
             distributed.start(getattr(config, "device", "auto"))
             main(config)
             distributed.end()
-        except UserError as error:
+        except (UserError, PermissionError) as error:  # the latter names its file
             _end(1, f"{Path(sys.argv[0]).name}: {error}")
         except distributed.Ended as ended:
             distributed.exit_process(1, f"{Path(sys.argv[0]).name}: {ended}")

@@ -127,9 +127,10 @@ class Clips(Dataset):
             ranks = [hashlib.blake2b(f"{seed}:{ref.key}".encode(), digest_size=8).digest() for ref in self.refs]
             drawn = sorted(sorted(range(len(ranks)), key=ranks.__getitem__)[:num_clips])
             self.refs = [self.refs[i] for i in drawn]
-        sources = [Source(ref.key, [ref.path]) for ref in self.refs]
         self.cache = cache
-        self.kept = open_cache(cache, sources, (num_frames, size, size, 3)) if size else None
+        self.kept = None
+        if size:
+            self.kept = open_cache(cache, [Source(ref.key, [ref.path]) for ref in self.refs], (num_frames, size, size, 3))
 
     def _refuse_empty_classes(self, videos: Sequence[Video]) -> None:
         lost = {video.label for video in videos} - {ref.label for ref in self.refs}

@@ -119,7 +119,7 @@ def find_videos(
     refuse_empty_classes(where, videos)
     labels = {name: -1 if known is None else known[normalise_class(name)] for name in videos}
     found = [Video(path, labels[name]) for name, paths in videos.items() for path in paths]
-    return sorted(found, key=lambda video: (str(video.path).split(os.sep), video.label))
+    return sorted(found)
 
 
 def group_videos(
@@ -149,11 +149,16 @@ def refuse_empty_classes(where: Path, videos: dict[str, list[Path]]) -> None:
 
 
 def _find_files(folder: Path) -> list[Path]:
-    """Regular files alone: reading a device or a pipe may never end."""
-    found = []
-    for where, _, names in os.walk(folder):  # twice as fast as Path.rglob, and sorted by parts as paths are
-        found += [os.path.join(where, name) for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS]
-    return [Path(path) for path in sorted(filter(os.path.isfile, found), key=lambda path: path.split(os.sep))]
+    """Regular files alone: reading a device or a pipe may never end. Sorted by their parts, as paths are."""
+    found, folders = [], [os.fspath(folder)]
+    while folders:  # twice as fast as os.walk and a stat of each file, four times as Path.rglob
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and entry.is_file():
+                    found.append(entry.path)
+    return [Path(path) for path in sorted(found, key=lambda path: path.split(os.sep))]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """What was found by looking into videos, kept: a start over files that have not changed opens none of them."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import sqlite3
@@ -25,7 +26,8 @@ def probe_videos(paths: Sequence[Path], folder: Path | None = None, desc: str = 
     without, and may be removed at any time. Unreadable videos are looked at anew each time.
     """
     states = [_describe_file(path) for path in paths]
-    places = [os.path.abspath(path) for path in paths]
+    absolute = functools.cache(os.path.abspath)  # of a folder, which has many videos
+    places = [os.path.join(absolute(folder), name) for folder, name in map(os.path.split, paths)]
     known = dict(_read(folder, places)) if folder is not None else {}
     found: list[Probe | str | None] = []
     for place, state in zip(places, states, strict=True):
