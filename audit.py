@@ -290,12 +290,7 @@ def main(config: Config, run: Run) -> dict:
     labels = torch.tensor([ref.label for ref in evaluator.clips.refs])
     fits: dict[tuple[str, float], Fit] = {}
     for cell in to_run:
-        if (
-            cell.group in ("defences", "alarms")
-            and cell.defence
-            and cell.strength
-            and (cell.defence, cell.strength) not in fits
-        ):
+        if cell.defence and cell.strength and (cell.defence, cell.strength) not in fits:
             fit = fit_to_honest(cell.defence, cell.strength, to_fit, others, val, labels, key)
             fits[cell.defence, cell.strength] = fit
             cost = f"not possible: {fit.reason}" if fit.reason else f"honest L1 {fit.cost['l1']:.3f} measured"
