@@ -1,7 +1,7 @@
 """What a type of answer is worth in queries: agreement with the victim against queries, a student of its own for each budget.
 
     python benchmarks/answers.py --seeds 0 1 2 --jobs 2
-    python benchmarks/answers.py --grey-box "--student-crop 0.2" --level 80
+    python benchmarks/answers.py --grey-box="--student-crop 0.2" --level 80
 
 Grey-box are videos of the task and unrelated ones (`grey_box/swin_to_r21.py` with --aux; with the true labels of the task's
 videos `swin_to_r21_kd.py`), label-only moving pictures (`black_box/natural_images_label_only.py`), on the demo's victim, scored
@@ -41,9 +41,9 @@ SHOWN = 24_000  # clips of a label-only student
 @dataclass(frozen=True, kw_only=True)
 class Config(options.SweepOptions):
     grey_box: str = "--student-crop 0.2 --ema 0.99"
-    """Flags more for the scripts of grey_box, in one string."""
+    """Flags more for the scripts of grey_box, in one string after an =."""
     label_only: str = "--transfer all"
-    """Flags more for black_box/natural_images_label_only.py, in one string."""
+    """Flags more for black_box/natural_images_label_only.py, in one string after an =."""
     level: options.Rate = 90.0
     """Agreement@1, in percent, that answers are compared at."""
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -2,7 +2,7 @@
 
 pip install -e '.[peers]'
 python benchmarks/peers.py
-python benchmarks/peers.py --ours "--student-crop 0.2 --temperature 4 --ema 0.99" --out-dir runs/peers_recipe
+python benchmarks/peers.py --ours="--student-crop 0.2 --temperature 4 --ema 0.99" --out-dir runs/peers_recipe
 
 The peers are the Adversarial Robustness Toolbox 1.20.1 (`CopycatCNN` by labels, arXiv 1806.05476; `KnockoffNets`, arXiv
 1812.02766, random by probabilities and adaptive by labels) and the loop of ML-Doctor (arXiv 2102.02551), its answers cached:
@@ -76,7 +76,7 @@ class Config(options.SweepOptions):
     lr: options.Rate = 1.5e-3
     """Learning rate of AdamW."""
     ours: str = ""
-    """Further flags of our script, as one string."""
+    """Further flags of our script, in one string after an =."""
     in_domain: str = "datasets/demo/train_5per"
     """Videos of the victim's task, in class folders."""
     aux: tuple[str, ...] = ("ucf101", "hmdb51")

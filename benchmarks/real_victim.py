@@ -28,7 +28,7 @@ ATTACKS = ("random_noise", "maze", "label_only", "stacked_images", "web_video", 
 # A student from nothing, small enough to learn anything at all from so few answers; and a backbone that knows ImageNet.
 STUDENTS: dict[str, tuple[str, ...]] = {
     "nothing": ("--student", "r2plus1d_tiny@8x64", "--student-weights", "None"),
-    "imagenet": ("--student", "efficientnet_lite0@4x112+temporal", "--student-weights", "imagenet"),
+    "imagenet": ("--student", "efficientnet_lite0@4x112", "--student-weights", "imagenet"),
 }
 
 
@@ -56,15 +56,15 @@ class Config(options.SweepOptions, options.VictimFileOptions):
     """Random seeds; with several, the table has their mean and standard deviation."""
     size: options.Count = 172
     """Height and width of a clip, in pixels."""
-    epochs: options.Count = 8
+    epochs: options.Count = 10
     """Passes over the answered clips."""
     lr: options.Rate = 1e-3
     """Learning rate of the head, and of a student from nothing."""
     body_lr: options.Rate = 0.0
     """That of a backbone that knows ImageNet; 0: it stays as it is."""
-    recipe: str = ""
-    """Flags more for the scripts that train on given clips (docs/recipe.md), in one string; of students with --ema the averaged
-    one is drawn."""
+    recipe: str = "--student-crop 0.2 --ema 0.99"
+    """Flags more where all of a student is trained on given clips (docs/recipe.md), in one string after an =; of students with
+    --ema the averaged one is drawn. A backbone that stays as it is has none: what it makes of a clip is then kept."""
     num_workers: options.Natural = 2
     """Data loader workers, one per core at most."""
     out_dir: str = "runs/real_victim"
@@ -83,9 +83,9 @@ def build_experiment(config: Config, data: Path, attack: str, student: str, budg
     if attack in ("random_noise", "maze"):
         noise = attack == "random_noise"
         script = f"black_box/{'random_noise_with_swin' if noise else 'attack_video_movinet'}.py"
-        # 100 queries an iteration. Its replayed batches are as many as the other attacks' epochs have.
+        # 100 queries an iteration, each clip replayed twice.
         flags = ["--iterations", budget // 100, "--batch-size", 20, "--student-steps", 5 if noise else 3]
-        flags += ["--replay-steps", 5 * (config.epochs - 1), "--replay-clips", 1000, "--student-lr", config.lr]
+        flags += ["--replay-steps", 10, "--student-lr", config.lr]
         flags += ["--score-every", 5000, *([] if noise else ["--num-directions", 1])]
     elif attack == "label_only":
         script = "black_box/natural_images_label_only.py"
@@ -104,7 +104,7 @@ def build_experiment(config: Config, data: Path, attack: str, student: str, budg
         flags = ["--aux", data / "web", *robot, "--clip-interval", 6]
         flags += ["--num-clips", budget // views, "--views-per-clip", views, "--epochs", config.epochs * views]
         flags += ["--head-lr", config.lr, "--body-lr", body_lr]
-    if attack not in ("random_noise", "maze"):
+    if attack not in ("random_noise", "maze") and body_lr:
         flags += shlex.split(config.recipe)
     record = "victim_{node}.record" if config.cluster else "victim.record"  # which machines cannot share
     victim = ["--victim", config.victim, "--victim-record", Path(config.out_dir) / record]

@@ -30,8 +30,8 @@ from extraction import distributed
 from extraction.attacks.losses import answers_to_targets
 from extraction.attacks.pace import PACES, TRIAL, Pace
 from extraction.attacks.recipe import NUM_DRAWS, AveragedWeights, crop_and_erase, mix, one_cycle, seed_step, spread_labels
-from extraction.data.clips import Batch, load_with_pauses, name_once
-from extraction.data.queries import QuerySet
+from extraction.data.clips import Batch, Broken, load_with_pauses, name_once
+from extraction.data.queries import KeptViews, QuerySet
 from extraction.errors import UserError, printable
 from extraction.evaluation.plots import draw_queries
 from extraction.evaluation.results import QUERY_BUDGET, finish
@@ -40,6 +40,7 @@ from extraction.network import VideoModel
 from extraction.runs import Run, require_form, restore_optimizer
 from extraction.students import Student
 from extraction.victims.ledger import Ledger
+from extraction.weights import fingerprint_state
 
 
 class AnsweredBatch(NamedTuple):
@@ -47,7 +48,7 @@ class AnsweredBatch(NamedTuple):
 
     number: int  # of the batch, from the start of training
     keys: list[bytes]
-    clips: Tensor  # float (B, C, T, H, W) in [0, 1]
+    clips: Tensor  # float (B, C, T, H, W) in [0, 1]; (B, windows, ...) where a frozen body's features are kept
     labels: Tensor  # int64 (B,), true labels; -1 without one. After mixup float (B, num_classes)
     targets: Tensor  # float (B, num_classes), the victim's probabilities; empty without a victim
     counts: list[int]  # clips in each process
@@ -61,6 +62,9 @@ class Training:
     true labels alone. `prefetch_answers` asks about the next batch while the student learns from this one, on a CPU as `pace`
     says ("auto", "overlap" or "turns": `extraction.attacks.pace.Pace`). `clips.png` in the run's folder shows the first batch
     as the victim saw it. `history` has a dict per evaluation, `stopped` what ended the run: "epochs" or "query budget".
+
+    A student whose body is frozen says the same of a view each time: what its body makes of views that come round again is kept
+    where decoded clips are, unless `vary` shows it something else, and then its head alone is trained.
 
     The recipe (`extraction.attacks.recipe`) is off by default. `use_one_cycle` puts that schedule, over all batches, in the
     place of `schedule`. `ema` averages the weights with this decay: the average is scored beside the student in `history`
@@ -116,6 +120,8 @@ class Training:
         self._losses: deque[float] = deque(maxlen=100)
         self._unread: list[Tensor] = []
         self._forward = distributed.parallel(student)
+        self._features: KeptViews | None = None
+        self._may_keep_features = prefetch_answers  # not where further clips are crafted from a batch's own (`query_more`)
         self.average = None if ema is None else AveragedWeights(student.net, ema)
 
     # --- what a script calls ---
@@ -127,7 +133,8 @@ class Training:
         refs, total = self.queries.clips.refs, self.epochs * len(self.queries)
         done = min(first * self.order.batch_size, total)
         self._bar = tqdm(total=total, initial=done, desc=self.run.experiment, unit="clip", dynamic_ncols=True)
-        if self.device.type == "cpu":
+        self._features = self._keep_features()
+        if self.device.type == "cpu" and self._features is None:
             self.queries.keep_views(self.epochs)
         shares = map(distributed.shard, self.order.batches_from(first))
         loader = load_with_pauses(self.queries.clips, shares, self.num_workers, pin_memory=self.device.type == "cuda")
@@ -153,6 +160,21 @@ class Training:
                 if self._batch.exhausted:
                     break
         self.broken = name_once(distributed.gather(self.broken))
+
+    def _keep_features(self) -> KeptViews | None:
+        """Room for what a frozen body makes of each view; None where it is not the same each time, or nothing comes again."""
+        student, again = self.student, self.queries.views_per_clip is not None and self.epochs > self.queries.views_per_clip
+        varied = self.crop or self.erase or self.mixup
+        if not (isinstance(student, Student) and student.frozen and again and self._may_keep_features) or varied:
+            return None
+        found = (self.queries.clips[place][1] for place in range(len(self.queries)))
+        loaded = next((item for item in found if not isinstance(item, Broken)), None)
+        if loaded is None:
+            return None
+        like = self.queries.make_views(torch.as_tensor(loaded)[None], self.queries.keys([0], 0), self.queries.augmentation)
+        shape = tuple(student.eval().embed(like.to(self.device)).shape[1:])
+        body = {name: value for name, value in student.net.state_dict().items() if not name.startswith(student.spec.head)}
+        return self.queries.keep(shape, f"{student.name} {fingerprint_state(body)} {student.precision} {self.device.type} ")
 
     def _nothing_is_new(self, epoch: int) -> bool:
         """By the epoch alone, and not by what is cached: a run goes on to the same bits."""
@@ -187,7 +209,13 @@ class Training:
         """
         number = self.queries.seed * 1_000_003 + self._batch.number
         torch.manual_seed(number * distributed.num_processes() + distributed.rank())
-        return self._forward(clips)
+        if self._features is None:
+            return self._forward(clips)
+        assert isinstance(self.student, Student)
+        if not self._is_embedded(self._batch.number):
+            clips = self.student.embed(clips)
+            self._features.write(self._batch.keys, clips.cpu())
+        return self.student.classify(clips)
 
     def step(self, loss: Tensor) -> None:
         """Step the optimiser and the schedule on the mean loss of this process's clips."""
@@ -238,11 +266,30 @@ class Training:
         affordable = len(keys) if self.victim is None else self.victim.reserve(keys)
         wanted, counts = zip(*distributed.gather([(len(keys), affordable)]), strict=True)
         keys, clips = keys[:affordable], loaded.clips[:affordable].to(self.device, non_blocking=True)
-        clips = self.queries.views(clips, keys)
+        clips = self._recall(clips, keys) if self._is_embedded(number) else self.queries.views(clips, keys)
         targets = self._ask(clips, keys) if self.victim is not None and sum(counts) else torch.empty(0)
         labels = torch.tensor([self.queries.clips.refs[i].label for i in loaded.indices[:affordable]], dtype=torch.int64)
         labels = labels.to(self.device, non_blocking=True)
         return AnsweredBatch(number, keys, clips, labels, targets, list(counts), sum(counts) < sum(wanted))
+
+    def _is_embedded(self, number: int) -> bool:
+        """Whether the views of a batch come as what the student's frozen body made of them."""
+        return self._features is not None and self._nothing_is_new(number // self.order.per_epoch)
+
+    def _recall(self, loaded: Tensor, keys: list[bytes]) -> Tensor:
+        """The kept features of views, made again where they were lost."""
+        assert self._features is not None
+        assert isinstance(self.student, Student)
+        if self.victim is not None and len(self.victim.find(keys)) < len(set(keys)):
+            self._ask(
+                self.queries.views(loaded, keys), keys
+            )  # the ledger lost answers: the victim is sent clips, never features
+        features, held = self._features.read(keys)
+        if missing := [row for row, kept in enumerate(held) if not kept]:
+            names = [keys[row] for row in missing]
+            features[missing] = self.student.embed(self.queries.views(loaded[missing], names)).cpu()
+            self._features.write(names, features[missing])
+        return features.to(self.device, non_blocking=True)
 
     def _ask(self, clips: Tensor, keys: Sequence[bytes]) -> Tensor:
         assert self.victim is not None

@@ -144,16 +144,21 @@ class Bench:
             return undo(cell.defence or "", parameter, targets), decoded
         return targets, decoded
 
-    def _training_set(self, cell: Cell) -> tuple[list[int], Tensor, Tensor]:
-        if cell.group == "innocent":  # own labelled clips, in the views that a thief would send
-            views = [view for view in range(len(self.views)) if self.views.label(view) >= 0]
-            targets = torch.zeros(len(views), self.recording.logits.shape[1])
-        else:
+    def _training_set(self, cell: Cell) -> tuple[list[int], Tensor, int]:
+        """The views that a cell's student learns from, their targets, and how many of them are answers.
+
+        All have the thief's own labelled clips, asked or not, in the views that it would send: what a clone has more than an
+        innocent student are its answers. Views without one have zeros.
+        """
+        own = [view for view in range(len(self.views)) if self.views.label(view) >= 0]
+        views, targets = list[int](), torch.zeros(0, self.recording.logits.shape[1])
+        if cell.group != "innocent":
             views, targets, kept = self.answers(cell)
             views, targets = [v for v, keep in zip(views, kept.tolist(), strict=True) if keep], targets[kept]
-        if not views:
-            raise UserError(f"{cell.row}: the attacker keeps none of {cell.budget} answers; raise --query-budget")
-        return views, targets, torch.tensor([self.views.label(view) for view in views])
+            if not views:
+                raise UserError(f"{cell.row}: the attacker keeps none of {cell.budget} answers; raise --query-budget")
+        more = sorted(set(own) - set(views))
+        return views + more, torch.cat([targets, targets.new_zeros(len(more), targets.shape[1])]), len(views)
 
     def run(self, cell: Cell, done: dict[str, dict], desc: str) -> dict:
         """The result of a cell: the kept one, that of a cell with the same training set and seed among `done`, or a new one."""
@@ -184,7 +189,8 @@ class Bench:
 
     def _score(self, cell: Cell, done: dict[str, dict], desc: str) -> dict[str, Any]:
         begin = time.monotonic()
-        views, targets, labels = self._training_set(cell)
+        views, targets, num_answers = self._training_set(cell)
+        labels = torch.tensor([self.views.label(view) for view in views])
         digest = hashlib.blake2b(repr((views, self.recipe, cell.seed)).encode(), digest_size=8)
         digest.update(targets.contiguous().numpy().tobytes())
         other = done.get(cell.same_as or "")
@@ -195,7 +201,7 @@ class Bench:
         checkpoints = Checkpoints(self._checkpoint(cell, digest.hexdigest()), self.checkpoint_seconds, self.stop_asked)
         student = train_student(self.create, self.views, views, targets, labels, self.recipe, cell.seed, desc, checkpoints)
         result: dict[str, Any] = dict(
-            num_queries=cell.budget, num_trained_on=len(views), digest=digest.hexdigest(), same_as=None
+            num_queries=cell.budget, num_trained_on=num_answers, digest=digest.hexdigest(), same_as=None
         )
         result["scores"] = self.evaluator.score(student) | self.evaluator.summarise(student)
         if cell.group in ("innocent", "suspects") or (cell.group == "answers" and cell.budget == len(self.order)):

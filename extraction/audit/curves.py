@@ -13,7 +13,7 @@ class Reached(NamedTuple):
     """How many queries an agreement takes."""
 
     queries: float | None  # None: more than the largest budget
-    bound: str  # "interpolated"; "at most": the smallest budget has it; "not reached"
+    bound: str  # "interpolated"; "none": without any; "at most": the smallest budget has it; "not reached"
 
 
 def average_seeds(points: Sequence[tuple[int, float]]) -> dict[int, float]:
@@ -25,28 +25,29 @@ def average_seeds(points: Sequence[tuple[int, float]]) -> dict[int, float]:
 
 
 def queries_to(curve: Mapping[int, float], level: float) -> Reached:
-    """The queries at which a curve, budget -> agreement, first has `level`: linear in the logarithm between two budgets."""
+    """The queries at which a curve, budget -> agreement, first has `level`.
+
+    Linear in the logarithm between two budgets, in the queries themselves from none (a budget of 0) to the first.
+    """
     if not curve:
         raise UserError("no student to read queries off")
     points = sorted(curve.items())
     if points[0][1] >= level:
-        return Reached(float(points[0][0]), "at most")
+        return Reached(float(points[0][0]), "at most" if points[0][0] else "none")
     for (low, below), (high, above) in pairwise(points):
         if above >= level:
             share = (level - below) / (above - below)
-            return Reached(math.exp(math.log(low) + share * (math.log(high) - math.log(low))), "interpolated")
+            return Reached(low * (high / low) ** share if low else share * high, "interpolated")
     return Reached(None, "not reached")
 
 
-def agreement_at(curve: Mapping[int, float], queries: float, without: float) -> float:
-    """The agreement@1 after `queries` queries: that of the largest budget beyond it, and `without` any at none.
+def agreement_at(curve: Mapping[int, float], queries: float) -> float:
+    """The agreement@1 after `queries` queries, by a curve that begins at none (0): that of the largest budget beyond it.
 
-    Below the smallest budget it is linear in the queries, above linear in their logarithm.
+    Interpolated as by `queries_to`.
     """
     points = sorted(curve.items())
-    if queries <= points[0][0]:
-        return without + (points[0][1] - without) * queries / points[0][0]
     for (low, below), (high, above) in pairwise(points):
         if queries <= high:
-            return below + (above - below) * math.log(queries / low) / math.log(high / low)
+            return below + (above - below) * (math.log(queries / low) / math.log(high / low) if low else queries / high)
     return points[-1][1]

@@ -30,7 +30,7 @@ def _spread(value: Mapping[str, Any] | None) -> str:
 def _queries(found: Mapping[str, Any], largest: int) -> str:
     if found["queries"] is None:
         return f"not reached (> {largest})"
-    return f"{'≤ ' if found['bound'] == 'at most' else ''}{found['queries']} ({found['cost']:.2f})"
+    return "none" if found["bound"] == "none" else f"{found['queries']} ({found['cost']:.2f})"
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -55,8 +55,8 @@ def _reach(level: float) -> Column:
 TABLES: dict[str, Table] = {
     "answers": Table(
         "Answer types",
-        "The clone by what the victim answers; separate students, one a budget. Gain: over innocent students, who have the "
-        "thief's own labels and no answers. The cost is that of the queries at the price below.",
+        "The clone by what the victim answers; separate students, one a budget. All have the thief's own labelled clips "
+        "too. Gain: over innocent students, who have these and no answers. The cost is that of the queries at the price below.",
         [
             ("answers", lambda row: row["row"]),
             ("agreement@1, %", lambda row: _spread(row["agreement"])),
@@ -369,12 +369,12 @@ _SCRIPT = """
 const curves = JSON.parse(document.getElementById('curves').textContent);
 const price = document.getElementById('price'), level = document.getElementById('level');
 function queriesTo(curve, wanted) {
-  if (curve[0][1] >= wanted) return ['\\u2264 ', curve[0][0]];
+  if (curve[0][1] >= wanted) return 0;
   for (let k = 1; k < curve.length; k++) {
     const [low, below] = curve[k - 1], [high, above] = curve[k];
     if (above >= wanted) {
       const share = (wanted - below) / (above - below);
-      return ['', Math.exp(Math.log(low) + share * (Math.log(high) - Math.log(low)))];
+      return low ? low * Math.pow(high / low, share) : share * high;
     }
   }
   return null;
@@ -385,7 +385,7 @@ function update() {
   for (const cell of document.querySelectorAll('td.moving')) {
     const curve = curves[cell.dataset.row], found = queriesTo(curve, level.value / 100);
     cell.textContent = found === null ? 'not reached (> ' + curve[curve.length - 1][0] + ')'
-      : found[0] + Math.round(found[1]) + ' queries, ' + (found[1] * price.value / 1000).toFixed(2);
+      : found === 0 ? 'none' : Math.round(found) + ' queries, ' + (found * price.value / 1000).toFixed(2);
   }
 }
 price.addEventListener('input', update);

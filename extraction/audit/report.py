@@ -44,9 +44,10 @@ def _score_of(cells: Sequence[dict], name: str) -> dict[str, float | int] | None
 
 
 def find_curve(cells: Sequence[dict], row: str, group: str = "answers") -> dict[int, float]:
-    """The mean agreement@1 of a row's students at each budget."""
+    """The mean agreement@1 of a row's students at each budget, from innocent students on, at 0."""
     own = [cell for cell in cells if cell["row"] == row and cell["group"] == group and cell["scores"]]
-    return average_seeds([(cell["budget"], cell["scores"]["agreement_at_1"]) for cell in own])
+    curve = average_seeds([(cell["budget"], cell["scores"]["agreement_at_1"]) for cell in own])
+    return {0: find_baseline(cells)} | curve if curve else {}
 
 
 def find_baseline(cells: Sequence[dict]) -> float:
@@ -56,11 +57,9 @@ def find_baseline(cells: Sequence[dict]) -> float:
 
 def make_agreement(cells: Sequence[dict]) -> Callable[[str, float], float]:
     """`agreement(row, queries)` of the clones of a row, of all views or one view a clip, as detectors' tables take it."""
-    without = find_baseline(cells)
 
     def agreement(row: str, queries: float) -> float:
-        curve = find_curve(cells, row) or find_curve(cells, row, "views")
-        return agreement_at(curve, queries, without)
+        return agreement_at(find_curve(cells, row) or find_curve(cells, row, "views"), queries)
 
     return agreement
 
@@ -177,22 +176,29 @@ def tabulate_conferred(cells: Sequence[dict], victim: Tensor, labels: Tensor, vi
     return rows, reasons
 
 
+def _compare(gain: float) -> str:
+    return f"{percent(abs(gain))} points {'more' if gain >= 0 else 'less'}"
+
+
 def write_verdict(report: Mapping[str, Any], price: float) -> list[dict[str, str]]:
     """At most five sentences, each with the table and the row that it rests on."""
     sentences = []
     answers = report["tables"]["answers"]
     full = next((row for row in answers if row["row"] == "probs"), answers[0])
-    found = full["to_70"]
-    reached = (
-        f"70 % takes {'at most ' if found['bound'] == 'at most' else 'about '}{found['queries']} queries ({found['cost']:.2f} "
-        f"at {price:g} per 1 000)" if found["queries"] is not None else f"70 % is not reached by {full['budget']} queries"
+    # The first level that the thief's own labels do not have already.
+    level = next((level for level in LEVELS if report["innocent"]["agreement"] < level), LEVELS[-1])
+    found = full[f"to_{100 * level:.0f}"]
+    reached = f"{100 * level:.0f} % " + (
+        f"is not reached by {full['budget']} queries" if found["queries"] is None
+        else "takes no query" if found["bound"] == "none"
+        else f"takes about {found['queries']} queries ({found['cost']:.2f} at {price:g} per 1 000)"
     )  # fmt: skip
     sentences.append(
         dict(
             table="answers", row=full["row"],
             text=f"Undefended, {full['budget']} answers of type {full['row']} make a clone that agrees with the victim on "
-            f"{percent(full['agreement']['mean'])} % of held-out clips, {percent(full['gain'])} points more than the thief's "
-            f"own labels do; {reached}.",
+            f"{percent(full['agreement']['mean'])} % of held-out clips, {_compare(full['gain'])} than the thief's own "
+            f"labels do; {reached}.",
         )
     )  # fmt: skip
     label = next(row for row in answers if row["row"] == "label")
@@ -264,8 +270,8 @@ def review(report: Mapping[str, Any]) -> list[dict[str, str]]:
     kept, less = full["agreement"]["mean"], label["agreement"]["mean"]
     say(
         "ATLAS AML.T0024.002; NIST AI 100-2, model extraction", "Can queries alone copy the model?",
-        f"{full['budget']} answers of type {full['row']} make a clone of {percent(kept)} % agreement, {percent(full['gain'])} "
-        f"points more than innocent students have.", "answers", full["row"],
+        f"{full['budget']} answers of type {full['row']} make a clone of {percent(kept)} % agreement, "
+        f"{_compare(full['gain'])} than innocent students have.", "answers", full["row"],
     )  # fmt: skip
     if label is not full:
         say(

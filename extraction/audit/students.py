@@ -53,22 +53,19 @@ def train_student(
     """A student of the views `chosen`: KL to `targets` (N, num_classes), cross-entropy to `labels` (N,), -1 without one.
 
     The recipe of grey_box/swin_to_r21_kd.py with crops and averaged weights (docs/recipe.md): so short a training ends less far
-    from where it leads, and less by chance. A row of zeros in `targets` is no answer: that view is learnt from its label
-    alone. Deterministic in the seed on a CPU, wherever it was interrupted: it goes on from its checkpoint. Raises UserError
-    when the loss is not finite, or the checkpoint is another student's, KeyboardInterrupt when it is asked to stop.
+    from where it leads, and less by chance. Half of each batch has a label, where there are both kinds of views: what is known
+    of the task itself is not drowned in unrelated video. A row of zeros in `targets` is no answer: that view is learnt from its
+    label alone. Deterministic in the seed on a CPU, wherever it was interrupted: it goes on from its checkpoint.
+
+    Raises UserError when the loss is not finite, or the checkpoint is another student's, KeyboardInterrupt when it is asked to
+    stop.
     """
     torch.manual_seed(seed)
     student = create().train()
     optimizer = torch.optim.AdamW(student.parameter_groups(recipe.head_lr, recipe.body_lr), fused=True)
     schedule = ReduceLROnPlateau(optimizer, factor=0.99, patience=45)
     average = AveragedWeights(student.net, recipe.ema)
-    order = torch.Generator().manual_seed(seed)
-    size = min(views.batch_size, len(chosen))
-    batches: list[list[int]] = []
-    while len(batches) * size < recipe.num_clips:
-        shuffled = torch.randperm(len(chosen), generator=order).tolist()
-        batches += [shuffled[i : i + size] for i in range(0, len(chosen) - size + 1, size)]
-    batches = batches[: max(1, recipe.num_clips // size)]
+    batches = draw_batches(labels, views.batch_size, recipe.num_clips, seed)
     place, answered = {view: k for k, view in enumerate(chosen)}, targets.sum(1) > 0
     losses: deque[float] = deque(maxlen=100)
     parts: dict[str, Any] = dict(student=student.net, optimizer=optimizer, schedule=schedule, average=average)
@@ -76,7 +73,7 @@ def train_student(
     saved = time.monotonic()
     # A GPU is waited for once an epoch alone; on a CPU reading is free.
     unread: list[Tensor] = []
-    per_read = 1 if views.device.type == "cpu" else max(1, len(chosen) // size)
+    per_read = 1 if views.device.type == "cpu" else max(1, len(chosen) // views.batch_size)
 
     def read_losses() -> None:
         for value in torch.stack(unread).tolist() if unread else []:
@@ -117,6 +114,23 @@ def train_student(
     read_losses()
     student.net.load_state_dict(average.state)
     return student.eval()
+
+
+def draw_batches(labels: Tensor, batch_size: int, num_clips: int, seed: int) -> list[list[int]]:
+    """Batches of places in `labels` (N,), as many as `num_clips` fill, half of each with a label (-1: without), if both exist.
+
+    Each kind comes in an order of its own, drawn anew when all of it has come.
+    """
+    order = torch.Generator().manual_seed(seed)
+    kinds = [kind for kind in ((labels >= 0).nonzero()[:, 0], (labels < 0).nonzero()[:, 0]) if len(kind)]
+    size = min(batch_size, len(labels))
+    count = max(1, num_clips // size)
+    columns = []
+    for kind, width in zip(kinds, (size,) if len(kinds) == 1 else (size // 2, size - size // 2), strict=True):
+        rounds = max(1, -(-count * width // len(kind)))
+        places = torch.cat([kind[torch.randperm(len(kind), generator=order)] for _ in range(rounds)])
+        columns.append(places[: count * width].view(count, width))
+    return torch.cat(columns, 1).tolist()
 
 
 def _save(path: Path, parts: dict[str, Any], losses: deque[float], done: int, device: torch.device) -> None:

@@ -38,6 +38,22 @@ class ClipDataset(Protocol):
     def __getitem__(self, index: int) -> tuple[int, Any]: ...
 
 
+class KeptViews:
+    """Something of each view of a query set, of one shape, kept on disk by the view's key."""
+
+    def __init__(self, items: KeptItems, keys: Sequence[bytes]):
+        self.items, self.places = items, {key: place for place, key in enumerate(keys)}
+
+    def read(self, keys: Sequence[bytes]) -> tuple[Tensor, list[bool]]:
+        """What is kept of views, float32 (B, ...), and which of them are; the other rows hold nothing."""
+        rows = torch.empty(len(keys), *self.items.shape)
+        return rows, [self.items.read(self.places[key], row.numpy()) for key, row in zip(keys, rows, strict=True)]
+
+    def write(self, keys: Sequence[bytes], rows: Tensor) -> None:
+        for key, row in zip(keys, rows, strict=True):
+            self.items.write(self.places[key], self.items.name(self.places[key]), row.numpy())
+
+
 class QuerySet:
     """Clips and the views in which they are sent: view n of a clip is the same pixels whenever it is shown.
 
@@ -55,8 +71,7 @@ class QuerySet:
     ):
         self.clips, self.augmentation, self.make_views = clips, augmentation, make_views
         self.views_per_clip, self.seed = views_per_clip, seed
-        self._kept: KeptItems | None = None
-        self._places: dict[bytes, int] = {}  # of the views that are kept
+        self._kept: KeptViews | None = None
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -72,37 +87,43 @@ class QuerySet:
             return loaded
         if self._kept is None:
             return self.make_views(loaded, keys, self.augmentation)
-        places, views = [self._places[key] for key in keys], torch.empty(len(keys), *self._kept.shape)
-        held = [self._kept.read(place, view.numpy()) for place, view in zip(places, views, strict=True)]
+        views, held = self._kept.read(keys)
         if not all(held):
             views = self.make_views(loaded, keys, self.augmentation)
-            for place, view, kept in zip(places, views, held, strict=True):
-                if not kept:
-                    self._kept.write(place, self._kept.name(place), view.numpy())
+            missing = [row for row, kept in enumerate(held) if not kept]
+            self._kept.write([keys[row] for row in missing], views[missing])
         return views
 
     def keep_views(self, epochs: int) -> None:
         """Keep views where the dataset keeps its clips, if the epochs show each at least three times: on a CPU, where making
         one takes longer than reading four times a clip's bytes. Not those that are as quickly made: nothing is turned."""
-        cache = getattr(self.clips, "cache", None)
-        if cache is None or self.views_per_clip is None or epochs < 3 * self.views_per_clip:
+        if self.views_per_clip is None or epochs < 3 * self.views_per_clip:
             return
         _, loaded = self.clips[0]
         if not isinstance(loaded, np.ndarray):
             return
         like = self.make_views(torch.from_numpy(loaded)[None], self.keys([0], 0), self.augmentation)
-        if not like.is_contiguous():
-            return
+        if like.is_contiguous():
+            self._kept = self.keep(tuple(like.shape[1:]))
+
+    def keep(self, shape: tuple[int, ...], maker: str = "") -> KeptViews | None:
+        """Room for something of `shape`, float32, of each view, where the dataset keeps its clips; None where it keeps none.
+
+        `maker` names what it follows from beside the view, PyTorch and the processor.
+        """
+        cache = getattr(self.clips, "cache", None)
+        if cache is None or self.views_per_clip is None:
+            return None
         keys = [key for view in range(self.views_per_clip) for key in self.keys(range(len(self)), view)]
         sources = [
             Source(key.hex(), [ref.path])
             for key, (_, ref) in zip(keys, product(range(self.views_per_clip), self.clips.refs), strict=True)
         ]
-        maker = f"PyTorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+        maker = f"{maker}PyTorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
         # Named by the files as they are now: views are made a while after their clips are loaded.
         names = [name_item(source) for source in sources]
-        self._kept = open_cache(cache, sources, tuple(like.shape[1:]), np.float32, maker, names)
-        self._places = {key: place for place, key in enumerate(keys)}
+        items = open_cache(cache, sources, shape, np.float32, maker, names)
+        return None if items is None else KeptViews(items, keys)
 
     def count_queries(self, epochs: int) -> int:
         """The most queries that this many epochs need."""

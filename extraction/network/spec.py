@@ -87,6 +87,25 @@ class WindowedModel(VideoModel):
         logits = self.run(windows.squeeze(2) if self.spec.window == 1 else windows)
         return logits.view(len(clips), -1, self.num_classes).mean(1)
 
+    @torch.no_grad()
+    def embed(self, clips: Tensor) -> Tensor:
+        """What the body makes of clips, float32 (B, windows, ...): the inputs of the head, of which `classify` makes logits."""
+        found: list[Tensor] = []
+        compile_after, self.compile_after = self.compile_after, None  # a compiled network has no place for a hook
+        hook = self.head.register_forward_pre_hook(lambda _, given: found.append(given[0].float()))
+        try:
+            self(clips)
+        finally:
+            hook.remove()
+            self.compile_after = compile_after
+        return found[0].unflatten(0, (len(clips), -1))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """The logits (B, num_classes) of clips by what `embed` made of them."""
+        with torch.autocast(features.device.type, self.precision, enabled=self.precision != torch.float32):
+            logits = self.head(features.flatten(0, 1)).float()
+        return logits.view(len(features), -1, self.num_classes).mean(1)
+
     @property
     def head(self) -> nn.Module:
         return self.net.get_submodule(self.spec.head)

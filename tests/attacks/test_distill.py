@@ -13,6 +13,7 @@ from extraction.attacks.distill import AnsweredBatch, Training, prefetch
 from extraction.data import clips
 from extraction.data.clips import Batch
 from extraction.errors import UserError
+from extraction.students import Student
 from extraction.victims.ledger import Ledger
 from extraction.victims.zoo import VICTIMS, load_victim
 from extraction.weights import read_state
@@ -266,3 +267,35 @@ def test_workers_are_started_again_by_the_thread_that_trains_and_not_beside_it()
         numbers.append(batch.number)
         training.clear()
     assert numbers == list(range(10, 16))
+
+
+def test_a_frozen_body_sees_each_view_once_and_the_student_is_the_same(config, tmp_path, monkeypatch):
+    frozen = dataclasses.replace(
+        config, epochs=5, views_per_clip=2, body_lr=0.0, student_crop=0.0, out_dir=str(tmp_path / "kept")
+    )
+    seen, embed = [], Student.embed
+    monkeypatch.setattr(Student, "embed", lambda student, clips: seen.append(len(clips)) or embed(student, clips))
+    results = swin_to_r21_kd.main(frozen)
+    assert results["num_queries"] == 2 * 76
+    assert sum(seen) == 2 * 76 + 1  # one, first, tells what there will be
+    whole = dataclasses.replace(frozen, cache_gb=0.0, out_dir=str(tmp_path / "not_kept"))
+    assert swin_to_r21_kd.main(whole)["num_queries"] == 2 * 76
+    assert sum(seen) == 2 * 76 + 2  # that one alone
+    ours, theirs = weights_of(frozen), weights_of(whole)
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5) for name in theirs)
+    # Killed amid views that come again, and amid new ones, and with features lost: the same bits.
+    for number, last in enumerate((3, 13)):
+        killed, steps, step = dataclasses.replace(frozen, out_dir=str(tmp_path / f"killed_{number}")), [], Training.step
+        with monkeypatch.context() as patch:
+
+            def stop(training, loss, last=last, steps=steps, step=step):
+                step(training, loss)
+                steps.append(loss)
+                if len(steps) == last:
+                    training.run.stop_asked = True
+
+            patch.setattr(Training, "step", stop)
+            with pytest.raises(KeyboardInterrupt):
+                swin_to_r21_kd.main(killed)
+        assert swin_to_r21_kd.main(killed)["num_queries"] == 2 * 76
+        assert equal(weights_of(killed), ours)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from extraction.audit.students import Checkpoints, Recipe, train_student
+from extraction.audit.students import Checkpoints, Recipe, draw_batches, train_student
 from extraction.students import create_student
 
 
@@ -55,3 +55,14 @@ def test_a_loss_that_is_not_finite_is_a_line(tmp_path, error_line):
     views = Views()
     views.clips[:] = torch.inf
     assert error_line(train, tmp_path, views).startswith("student: the loss became")
+
+
+def test_half_of_a_batch_has_a_label():
+    labels = torch.tensor([-1] * 50 + [3] * 5)
+    batches = draw_batches(labels, 8, 120, 0)
+    assert [sorted((labels[batch] >= 0).tolist()) for batch in batches] == [[False] * 4 + [True] * 4] * 15
+    flat = [place for batch in batches for place in batch]
+    assert {flat.count(place) for place in range(50)} <= {1, 2}  # all of a kind come before one comes again
+    assert {flat.count(place) for place in range(50, 55)} == {12}
+    assert draw_batches(labels, 8, 120, 0) == batches != draw_batches(labels, 8, 120, 1)
+    assert {len(batch) for batch in draw_batches(labels[:50], 8, 120, 0)} == {8}  # of one kind alone, whole batches
