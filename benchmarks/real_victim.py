@@ -85,7 +85,7 @@ def build_experiment(config: Config, data: Path, attack: str, student: str, budg
         script = f"black_box/{'random_noise_with_swin' if noise else 'attack_video_movinet'}.py"
         # 100 queries an iteration, each clip replayed twice.
         flags = ["--iterations", budget // 100, "--batch-size", 20, "--student-steps", 5 if noise else 3]
-        flags += ["--replay-steps", 10, "--student-lr", config.lr]
+        flags += ["--replay-steps", 10, "--replay-clips", min(budget, 4000), "--student-lr", config.lr]
         flags += ["--score-every", 5000, *([] if noise else ["--num-directions", 1])]
     elif attack == "label_only":
         script = "black_box/natural_images_label_only.py"

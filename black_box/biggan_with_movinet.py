@@ -81,6 +81,8 @@ DEMO = options.DEMO | dict(
     epochs=5,
     views_per_clip=4,
     lr=2e-3,
+    student_crop=0.2,
+    ema=0.99,
     num_workers=0,
 )
 

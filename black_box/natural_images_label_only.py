@@ -85,6 +85,7 @@ DEMO = options.DEMO | dict(
     epochs=8,
     lr=2e-3,
     student_crop=0.2,
+    ema=0.99,
 )
 
 

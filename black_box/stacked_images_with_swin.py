@@ -52,6 +52,8 @@ DEMO = options.DEMO | dict(
     epochs=6,
     views_per_clip=4,
     lr=2e-3,
+    student_crop=0.2,
+    ema=0.99,
 )
 
 

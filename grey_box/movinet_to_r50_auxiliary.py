@@ -50,6 +50,9 @@ DEMO = options.VIDEO_DEMO | dict(
     views_per_clip=4,
     head_lr=1.5e-3,
     body_lr=1.5e-3,
+    temperature=4.0,
+    student_crop=0.2,
+    ema=0.99,
 )
 
 

@@ -40,7 +40,16 @@ class Config(options.Options, options.InDomainOptions, options.VideoOptions, opt
     body_lr: float = 3e-6
 
 
-DEMO = options.IN_DOMAIN_DEMO | dict(victim="demo_swin", student="r2plus1d_tiny", epochs=44, head_lr=1.5e-3, body_lr=1.5e-3)
+DEMO = options.IN_DOMAIN_DEMO | dict(
+    victim="demo_swin",
+    student="r2plus1d_tiny",
+    epochs=44,
+    head_lr=1.5e-3,
+    body_lr=1.5e-3,
+    temperature=4.0,
+    student_crop=0.2,
+    ema=0.99,
+)
 
 
 @experiment

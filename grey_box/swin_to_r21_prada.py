@@ -53,7 +53,15 @@ class Config(options.Options, options.InDomainOptions, options.VideoOptions, opt
 
 
 DEMO = options.IN_DOMAIN_DEMO | dict(
-    victim="demo_swin", student="r2plus1d_tiny", epochs=22, crafted_share=1.0, head_lr=1.5e-3, body_lr=1.5e-3
+    victim="demo_swin",
+    student="r2plus1d_tiny",
+    epochs=22,
+    crafted_share=1.0,
+    head_lr=1.5e-3,
+    body_lr=1.5e-3,
+    temperature=4.0,
+    student_crop=0.2,
+    ema=0.99,
 )
 
 

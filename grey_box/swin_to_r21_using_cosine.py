@@ -44,7 +44,15 @@ class Config(options.Options, options.InDomainOptions, options.VideoOptions, opt
 
 
 DEMO = options.IN_DOMAIN_DEMO | dict(
-    victim="demo_swin", student="r2plus1d_tiny", epochs=9, views_per_clip=4, head_lr=1.5e-3, body_lr=1.5e-3
+    victim="demo_swin",
+    student="r2plus1d_tiny",
+    epochs=9,
+    views_per_clip=4,
+    head_lr=1.5e-3,
+    body_lr=1.5e-3,
+    temperature=4.0,
+    student_crop=0.2,
+    ema=0.99,
 )
 
 

@@ -48,6 +48,8 @@ DEMO = options.IN_DOMAIN_DEMO | dict(
     epochs=20,
     head_lr=5e-4,
     body_lr=5e-4,
+    student_crop=0.2,
+    ema=0.99,
 )
 
 

@@ -7,8 +7,8 @@
     return training.finish()
 
 The script says what the loss is; `vary` makes of a batch, as the victim saw it, what the student is shown. `Training` draws
-order and views from the seed, queries the victim within its budget, scores the student after each epoch, logs, saves, and
-resumes.
+order and views from the seed, queries the victim within its budget, scores the student after its epochs (evenly, at most
+`MAX_SCORES` of them), logs, saves, and resumes.
 """
 
 import contextlib
@@ -41,6 +41,8 @@ from extraction.runs import Run, require_form, restore_optimizer
 from extraction.students import Student
 from extraction.victims.ledger import Ledger
 from extraction.weights import fingerprint_state
+
+MAX_SCORES = 20  # of a run: of many short epochs, scoring each would take longer than training
 
 
 class AnsweredBatch(NamedTuple):
@@ -305,7 +307,8 @@ class Training:
         # On a GPU the loss is read only now and then, so that the device never waits for the host.
         if len(self._unread) >= (1 if self.device.type == "cpu" else 10) or (pause and self._unread):
             self._read_losses(epoch, number)
-        if end_of_epoch or exhausted:
+        between = math.ceil(self.epochs / MAX_SCORES)
+        if exhausted or (end_of_epoch and ((epoch + 1) % between == 0 or epoch + 1 == self.epochs)):
             point: dict[str, Any] = dict(epoch=epoch + 1, num_queries=self._num_queries(), loss=self._mean_loss())
             if self.evaluator is not None:
                 averaged = self._score_average(self.evaluator)
