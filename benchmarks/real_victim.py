@@ -55,7 +55,7 @@ class Config(options.SweepOptions, options.VictimFileOptions):
     seeds: tuple[int, ...] = (0,)
     """Random seeds; with several, the table has their mean and standard deviation."""
     size: options.Count = 172
-    """Height and width of a clip, in pixels."""
+    """Height and width of a clip, in pixels; of MAZE's, which its generator makes and the victim resizes, 160."""
     epochs: options.Count = 10
     """Passes over the answered clips."""
     lr: options.Rate = 1e-3
@@ -111,7 +111,8 @@ def build_experiment(config: Config, data: Path, attack: str, student: str, budg
     for flag in ("victim_weights", "victim_classes", "victim_about"):
         if getattr(config, flag) is not None:
             victim += [f"--{flag.replace('_', '-')}", getattr(config, flag)]
-    shown = ["--val", data / config.split, "--val-clips", 3, "--num-frames", 16, "--fps", 5, "--size", config.size]
+    size = 160 if attack == "maze" else config.size
+    shown = ["--val", data / config.split, "--val-clips", 3, "--num-frames", 16, "--fps", 5, "--size", size]
     shared = [*STUDENTS[student], "--num-workers", config.num_workers, "--checkpoint-seconds", 60]
     given = tuple(str(flag) for flag in (*victim, *shown, *shared, *flags))
     return Experiment(name_run(attack, student, budget), script, "-", given)

@@ -39,7 +39,7 @@ class Config(options.Options, options.InDomainOptions, options.VideoOptions):
     body_lr: float = 3e-6
 
 
-DEMO = options.IN_DOMAIN_DEMO | dict(student="r2plus1d_tiny", epochs=60, head_lr=1e-3, body_lr=1e-3, student_crop=0.2, ema=0.99)
+DEMO = options.IN_DOMAIN_DEMO | dict(student="r2plus1d_tiny", epochs=30, head_lr=3e-3, body_lr=3e-3, student_crop=0.2, ema=0.99)
 
 
 @experiment

@@ -40,7 +40,6 @@ from extraction.network import VideoModel
 from extraction.runs import Run, require_form, restore_optimizer
 from extraction.students import Student
 from extraction.victims.ledger import Ledger
-from extraction.weights import fingerprint_state
 
 MAX_SCORES = 20  # of a run: of many short epochs, scoring each would take longer than training
 
@@ -175,8 +174,7 @@ class Training:
             return None
         like = self.queries.make_views(torch.as_tensor(loaded)[None], self.queries.keys([0], 0), self.queries.augmentation)
         shape = tuple(student.eval().embed(like.to(self.device)).shape[1:])
-        body = {name: value for name, value in student.net.state_dict().items() if not name.startswith(student.spec.head)}
-        return self.queries.keep(shape, f"{student.name} {fingerprint_state(body)} {student.precision} {self.device.type} ")
+        return self.queries.keep(shape, f"{student.name} {student.fingerprint_body()} {student.precision} {self.device.type} ")
 
     def _nothing_is_new(self, epoch: int) -> bool:
         """By the epoch alone, and not by what is cached: a run goes on to the same bits."""

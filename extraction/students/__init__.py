@@ -6,7 +6,7 @@ from pathlib import Path
 from extraction.errors import UserError
 from extraction.network.names import find_network, find_weights
 from extraction.network.spec import WindowedModel
-from extraction.weights import load_strictly, read_metadata, read_state
+from extraction.weights import fingerprint_state, load_strictly, read_metadata, read_state
 
 __all__ = ["Student", "create_student", "find_weights", "load_stage", "load_student", "require_student"]
 
@@ -17,6 +17,11 @@ class Student(WindowedModel):
     def __init__(self, name: str, num_classes: int):
         super().__init__(find_network(name), num_classes)
         self.name = name
+
+    def fingerprint_body(self) -> str:
+        """By the weights under the head, in hex."""
+        state = self.net.state_dict()
+        return fingerprint_state({key: value for key, value in state.items() if not key.startswith(self.spec.head)})
 
 
 def require_student(name: str) -> None:
